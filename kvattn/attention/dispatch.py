@@ -1,0 +1,88 @@
+"""Axis E: what computes attention. A kernel is chosen by name; what it cannot serve raises, with the reason.
+
+A kernel has `supports(cfg) -> reason or None`, checked when the config is validated, and
+`run(q, segments, ...) -> [B,T,N,V]` over the (k, v, mask) segments of a view.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvattn.attention.core import attend_partial, merge
+from kvattn.config import ModelConfig
+from kvattn.errors import UserError
+from kvattn.masks import Tokens
+
+
+class Operand(NamedTuple):
+    """One segment ready for a kernel: k[B,K,S,H], v[B,M,S,V], mask bool[B,T,S], and the key tokens."""
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+    tokens: Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    supports: Callable[[ModelConfig], str | None]
+    run: Callable[..., jax.Array]
+
+
+def attention(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operands: list[Operand]) -> jax.Array:
+    """Attention of one layer with the kernel that cfg names: [B,T,N,V] in q's dtype."""
+    return KERNELS[cfg.kernel].run(cfg, layer, q, q_tokens, operands).astype(q.dtype)
+
+
+def _xla(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operands: list[Operand]) -> jax.Array:
+    """The reference. Under differentiation the scores are recomputed, not kept: O(T) memory per head kept."""
+
+    @jax.checkpoint
+    def partial(q, k, v, mask):
+        return attend_partial(q, k, v, mask, scale=cfg.scale, cap=cfg.attn_soft_cap)
+
+    return merge([partial(q, op.k, op.v, op.mask) for op in operands]).out
+
+
+def _cudnn_supports(cfg: ModelConfig) -> str | None:
+    if cfg.n_k_heads != cfg.n_v_heads or cfg.head_dim != cfg.v_head_dim:
+        return "cuDNN needs K and V of equal heads and width"
+    if cfg.attn_soft_cap:
+        return "cuDNN has no attention soft cap"
+    if any(mask.sinks for mask in cfg.masks):
+        return "cuDNN has no attention sinks"
+    if cfg.head_dim % 8 or cfg.head_dim > 256:
+        return f"cuDNN needs head_dim divisible by 8 and at most 256, not {cfg.head_dim}"
+    return None
+
+
+def _cudnn(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operands: list[Operand]) -> jax.Array:
+    """cuDNN flash attention: one segment, bf16 or f16, queries that either start at position 0 or are one token."""
+    if jax.default_backend() != "gpu":
+        raise UserError(f"model.kernel is 'cudnn' but the platform is {jax.default_backend()}; use xla.")
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise UserError(f"model.kernel is 'cudnn' with {q.dtype} activations; use bfloat16 or kernel xla.")
+    if len(operands) != 1 or q_tokens.segments is not None:
+        raise UserError("model.kernel is 'cudnn', which has no packed segments and no chunked ring prefill; use xla.")
+    op, length = operands[0], q.shape[1]
+    k, v = op.k.swapaxes(1, 2), op.v.swapaxes(1, 2)  # cuDNN's layout is [B,S,K,H]
+    if length == 1:
+        bias_mask = op.mask[:, None, :, :]
+        return jax.nn.dot_product_attention(q, k, v, mask=bias_mask, scale=cfg.scale, implementation="cudnn")
+    if length != op.k.shape[2]:
+        raise UserError("model.kernel is 'cudnn', which prefills from an empty cache only; use xla for chunks.")
+    window = cfg.mask(layer).window
+    lengths = (op.tokens.positions >= 0).sum(1, dtype=jnp.int32)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=cfg.scale, is_causal=True, key_value_seq_lengths=lengths, query_seq_lengths=lengths,
+        local_window_size=(window - 1, 0) if window else None, implementation="cudnn",
+    )
+
+
+KERNELS: dict[str, Any] = {
+    "xla": Kernel(lambda cfg: None, _xla),
+    "cudnn": Kernel(_cudnn_supports, _cudnn),
+}

@@ -1,0 +1,176 @@
+"""Norms, MLPs, rotary embedding, embedding and unembedding: the parts of a block that are not attention.
+
+Statistics (norms, softmax, logits) are float32; everything else has the parameters' dtype.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvattn.config import ModelConfig, RopeConfig
+from kvattn.spec import ParamSpec
+
+_ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": lambda x: jax.nn.gelu(x, approximate=False),
+    "geglu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+GATED = ("swiglu", "geglu", "geglu_tanh")
+
+
+# --- norms ---------------------------------------------------------------------------------------------
+
+
+def norm_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """Scale [D] (and bias [D] for layernorm) of one norm over the model width."""
+    start = "zeros" if cfg.norm_offset else "ones"
+    specs = {"scale": ParamSpec((cfg.d_model,), ("norm",), start)}
+    if cfg.norm == "layernorm":
+        specs["bias"] = ParamSpec((cfg.d_model,), ("norm",), "zeros")
+    return specs
+
+
+def norm(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
+    """RMSNorm or LayerNorm of x[B,T,D] over D, in float32, returned in x's dtype."""
+    if cfg.norm == "rmsnorm":
+        return rms_norm(x, params["scale"], cfg.norm_eps, cfg.norm_offset)
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + cfg.norm_eps)
+    y = y * _like(params["scale"], y) + _like(params["bias"], y)
+    return y.astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / rms(x) * (offset + scale), the mean square taken over the dims that `scale` has."""
+    axes = tuple(range(x.ndim - scale.ndim, x.ndim))
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + eps)
+    return (y * (offset + _like(scale, y))).astype(x.dtype)
+
+
+def _like(scale: jax.Array, y: jax.Array) -> jax.Array:
+    """A per-feature vector or matrix in y's dtype with leading ones up to y's rank."""
+    return scale.astype(y.dtype).reshape((1,) * (y.ndim - scale.ndim) + scale.shape)
+
+
+# --- dense ---------------------------------------------------------------------------------------------
+
+
+def dense(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, contract: int = 1) -> jax.Array:
+    """Contracts the last `contract` dims of x with the first of w, as one [rows, in] x [in, out] matmul."""
+    lead, inner, outer = x.shape[: x.ndim - contract], w.shape[:contract], w.shape[contract:]
+    y = x.reshape(-1, math.prod(inner)) @ w.reshape(math.prod(inner), math.prod(outer))
+    y = y.reshape(lead + outer)
+    return y if bias is None else y + _like(bias, y)
+
+
+def mlp_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """up[D,F] (and gate[D,F] when gated), down[F,D], their biases with cfg.mlp_bias."""
+    d, f = cfg.d_model, cfg.d_ff
+    specs = {
+        "up": ParamSpec((d, f), ("embed", "mlp"), fan_in=d),
+        "down": ParamSpec((f, d), ("mlp", "embed"), fan_in=f),
+    }
+    if cfg.mlp in GATED:
+        specs["gate"] = ParamSpec((d, f), ("embed", "mlp"), fan_in=d)
+    if cfg.mlp_bias:
+        specs["up_bias"] = ParamSpec((f,), ("mlp",), "zeros")
+        specs["down_bias"] = ParamSpec((d,), ("norm",), "zeros")
+        if cfg.mlp in GATED:
+            specs["gate_bias"] = ParamSpec((f,), ("mlp",), "zeros")
+    return specs
+
+
+def mlp(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
+    """act(x gate) * (x up) down, or act(x up) down when not gated; x[B,T,D] -> [B,T,D]."""
+    act = _ACTIVATIONS[cfg.mlp]
+    h = dense(x, params["up"], params.get("up_bias"))
+    if cfg.mlp in GATED:
+        h = act(dense(x, params["gate"], params.get("gate_bias"))) * h
+    else:
+        h = act(h)
+    return dense(h, params["down"], params.get("down_bias"))
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+    """cap * tanh(x / cap); identity when cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+# --- rotary position embedding -------------------------------------------------------------------------
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+    """Angular frequencies [R/2] in radians per position (float64), and the factor on cos and sin.
+
+    llama3: Llama 3.1's piecewise interpolation; yarn: arXiv 2309.00071, NTK-by-parts with its
+    attention factor.
+    """
+    dim = rope.dim or head_dim
+    freq = rope.theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    if rope.scaling == "linear":
+        return freq / rope.factor, 1.0
+    if rope.scaling == "llama3":
+        wavelength = 2 * np.pi / freq
+        low, high = rope.original_length / rope.low_freq_factor, rope.original_length / rope.high_freq_factor
+        blend = (rope.original_length / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor)
+        middle = (1 - blend) * freq / rope.factor + blend * freq
+        return np.where(wavelength > low, freq / rope.factor, np.where(wavelength < high, freq, middle)), 1.0
+    if rope.scaling == "yarn":
+
+        def dim_of(rotations: float) -> float:
+            return dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+        low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+        factor = rope.attention_factor or (0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0)
+        return freq / rope.factor * ramp + freq * (1 - ramp), factor
+    return freq, 1.0
+
+
+def rope_table(rope: RopeConfig | None, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    """cos, sin [B,T,R/2] float32 at absolute positions[B,T]; None for no rotation."""
+    if rope is None:
+        return None
+    freq, factor = rope_frequencies(rope, head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(freq, jnp.float32)[None, None, :]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array] | None, head_axis: int = 2) -> jax.Array:
+    """Rotates the first R dims of x (heads at `head_axis`, dims last), pairing dim i with i + R/2."""
+    if table is None:
+        return x
+    cos, sin = (jnp.expand_dims(t, head_axis) for t in table)
+    half = cos.shape[-1]
+    y = x.astype(jnp.float32)
+    a, b, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)
+
+
+# --- ends ----------------------------------------------------------------------------------------------
+
+
+def embed(params: dict[str, Any], cfg: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """tokens[B,T] int32 -> [B,T,D] in the table's dtype, times cfg.embed_scale."""
+    x = jnp.take(params["embed"]["table"], tokens, axis=0)
+    return x * jnp.asarray(cfg.embed_scale, x.dtype) if cfg.embed_scale != 1.0 else x
+
+
+def unembed(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
+    """x[B,T,D] -> logits[B,T,W] float32, soft-capped by cfg.logit_soft_cap."""
+    if cfg.tied_embeddings:
+        logits = jnp.einsum("btd,wd->btw", x, params["embed"]["table"], preferred_element_type=jnp.float32)
+    else:
+        logits = jnp.einsum("btd,dw->btw", x, params["unembed"]["table"], preferred_element_type=jnp.float32)
+    return soft_cap(logits, cfg.logit_soft_cap)

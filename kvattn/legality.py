@@ -1,0 +1,217 @@
+"""Which configurations are legal. Every rule is here, once; `config.validate` runs them.
+
+Each check raises UserError with one sentence: which field, which value, what to change.
+"""
+
+from typing import Any
+
+from kvattn.errors import UserError
+
+_POSITIVE = ("vocab_size", "d_model", "n_layers", "n_heads", "n_k_heads", "n_v_heads", "head_dim", "v_head_dim", "d_ff")
+_CHOICES = {
+    "qk_norm": ("none", "head", "full"),
+    "norm": ("rmsnorm", "layernorm"),
+    "norm_placement": ("pre", "post", "both"),
+    "residual": ("serial", "parallel_palm", "parallel_neox"),
+    "mlp": ("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"),
+    "remat": ("none", "dots", "full"),
+}
+
+
+def check(config: Any) -> None:
+    """Raises UserError for the first illegal field of an Experiment or one of its parts."""
+    _CHECKS.get(type(config).__name__, lambda c: None)(config)
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _choice(value: str, valid, field: str) -> None:
+    _need(value in valid, f"{field} is {value!r}; choose one of {', '.join(valid)}.")
+
+
+def _at_least(config: Any, section: str, **bounds: float) -> None:
+    for name, low in bounds.items():
+        value = getattr(config, name)
+        _need(value >= low, f"{section}.{name} is {value}; it must be at least {low}.")
+
+
+def check_model(c: Any) -> None:
+    from kvattn.attention import VARIANTS
+    from kvattn.attention.dispatch import KERNELS
+
+    for name in _POSITIVE:
+        _need(getattr(c, name) > 0, f"model.{name} is {getattr(c, name)}; it must be positive.")
+    for name, valid in _CHOICES.items():
+        _choice(getattr(c, name), valid, f"model.{name}")
+    _choice(c.variant, tuple(VARIANTS), "model.variant")
+    _choice(c.kernel, tuple(KERNELS), "model.kernel")
+    for name in ("n_k_heads", "n_v_heads"):
+        heads = getattr(c, name)
+        _need(c.n_heads % heads == 0, f"model.{name} is {heads}; it must divide model.n_heads = {c.n_heads}.")
+    if c.tied_kv:
+        same = (c.n_k_heads, c.head_dim) == (c.n_v_heads, c.v_head_dim)
+        _need(same, f"model.tied_kv shares K as V but K is {c.n_k_heads}x{c.head_dim} and V {c.n_v_heads}x"
+              f"{c.v_head_dim}; make n_v_heads and v_head_dim equal to K's.")
+    _need(c.residual == "serial" or c.norm_placement == "pre",
+          f"model.norm_placement is {c.norm_placement!r} with residual {c.residual!r}; parallel blocks take pre.")
+    _need(not c.norm_offset or c.norm == "rmsnorm",
+          f"model.norm_offset is {c.norm_offset} with norm {c.norm!r}; it applies to rmsnorm only.")
+    for name in ("attn_scale", "attn_soft_cap", "logit_soft_cap", "embed_scale", "norm_eps"):
+        _need(getattr(c, name) >= 0, f"model.{name} is {getattr(c, name)}; it must not be negative.")
+    _check_sharing(c)
+    _check_masks(c)
+    _check_ropes(c)
+    if c.scan_layers:
+        from kvattn.model import scan_period
+
+        scan_period(c)
+    reason = KERNELS[c.kernel].supports(c)
+    _need(reason is None, f"model.kernel is {c.kernel!r}, which cannot serve this model: {reason}; use xla.")
+
+
+def _check_sharing(c: Any) -> None:
+    if not c.kv_source:
+        return
+    _need(len(c.kv_source) == c.n_layers,
+          f"model.kv_source has {len(c.kv_source)} entries; it needs one per layer, {c.n_layers}.")
+    for layer, owner in enumerate(c.kv_source):
+        _need(0 <= owner <= layer, f"model.kv_source[{layer}] is {owner}; a layer reads itself or an earlier layer.")
+        _need(c.kv_source[owner] == owner,
+              f"model.kv_source[{layer}] is {owner}, which owns nothing (it reads {c.kv_source[owner]}); "
+              f"point it at {c.kv_source[owner]}.")
+        _need(c.rope(layer) == c.rope(owner),
+              f"model.kv_source[{layer}] is {owner} but their ropes differ; shared keys are rotated once, so give "
+              f"both layers the same entry of model.ropes.")
+
+
+def _check_masks(c: Any) -> None:
+    _need(len(c.masks) > 0, "model.masks is (); it needs at least one entry.")
+    for i, mask in enumerate(c.masks):
+        _need(mask.window >= 0, f"model.masks[{i}].window is {mask.window}; use 0 for unlimited or a positive size.")
+        _need(mask.sinks >= 0, f"model.masks[{i}].sinks is {mask.sinks}; it must not be negative.")
+        _need(not mask.sinks or mask.window,
+              f"model.masks[{i}].sinks is {mask.sinks} without a window; every token is visible already, set a window.")
+
+
+def _check_ropes(c: Any) -> None:
+    from kvattn.config import ROPE_SCALINGS
+
+    _need(len(c.ropes) > 0, "model.ropes is (); it needs at least one entry (None for no rotation).")
+    for i, rope in enumerate(c.ropes):
+        if rope is None:
+            continue
+        dim = rope.dim or c.head_dim
+        _need(dim % 2 == 0 and 0 < dim <= c.head_dim,
+              f"model.ropes[{i}].dim is {dim}; it must be even and at most head_dim = {c.head_dim}.")
+        _need(rope.theta > 0, f"model.ropes[{i}].theta is {rope.theta}; it must be positive.")
+        _choice(rope.scaling, ROPE_SCALINGS, f"model.ropes[{i}].scaling")
+        _need(rope.factor > 0, f"model.ropes[{i}].factor is {rope.factor}; it must be positive.")
+        _need(rope.scaling in ("none", "linear") or rope.original_length > 0,
+              f"model.ropes[{i}].original_length is {rope.original_length}; {rope.scaling} scaling needs the "
+              "original context length.")
+
+
+def check_cache(c: Any) -> None:
+    _need(len(c.kinds) > 0, "cache.kinds is (); it needs at least one entry.")
+    for kind in c.kinds:
+        _choice(kind, ("full", "ring", "by_mask"), "cache.kinds")
+    _choice(c.dtype, ("float32", "bfloat16"), "cache.dtype")
+    _need(c.capacity >= 0, f"cache.capacity is {c.capacity}; use 0 for what the command needs or a positive size.")
+
+
+def check_model_cache(model: Any, cache: Any) -> None:
+    """Axis C x axis D: a ring needs a window in every reader of its owner."""
+    check_cache(cache)
+    _need(not model.scan_layers,
+          "model.scan_layers is True with a cache; scanned layers copy the cache, set scan_layers to False to decode.")
+    for owner in model.owners:
+        if cache.kinds[owner % len(cache.kinds)] != "ring":
+            continue
+        for reader in model.readers(owner):
+            _need(model.mask(reader).window > 0,
+                  f"cache.kinds gives layer {owner} a ring but layer {reader}, which reads it, has no window; "
+                  "use full or by_mask, or set model.masks.")
+
+
+def check_mesh(c: Any) -> None:
+    _at_least(c, "mesh", data=1, fsdp=1, tensor=1)
+
+
+def check_data(c: Any) -> None:
+    _choice(c.source, ("shakespeare", "pystdlib", "text_files", "mqar"), "data.source")
+    _choice(c.tokenizer, ("checkpoint", "bytes"), "data.tokenizer")
+    _need(c.source != "text_files" or c.paths, "data.paths is (); source text_files needs globs in data.paths.")
+    _need(0 < c.eval_fraction < 1, f"data.eval_fraction is {c.eval_fraction}; it must be between 0 and 1.")
+    _at_least(c, "data", batch_size=1, seq_len=2)
+
+
+def check_optimizer(c: Any) -> None:
+    _choice(c.name, ("adamw", "adafactor"), "optimizer.name")
+    _choice(c.schedule, ("cosine", "linear", "constant"), "optimizer.schedule")
+    _need(c.learning_rate > 0, f"optimizer.learning_rate is {c.learning_rate}; it must be positive.")
+    _at_least(c, "optimizer", warmup_steps=0, final_fraction=0, weight_decay=0, clip_norm=0)
+    for name in ("beta1", "beta2"):
+        _need(0 <= getattr(c, name) < 1, f"optimizer.{name} is {getattr(c, name)}; it must be in [0, 1).")
+
+
+def check_train(c: Any) -> None:
+    _choice(c.compute_dtype, ("float32", "bfloat16"), "train.compute_dtype")
+    _at_least(c, "train", steps=0, accumulation=1, z_loss=0, log_every=1, checkpoint_every=1, keep=1, eval_every=0)
+    d = c.distill
+    _at_least(d, "train.distill", lm_weight=0, logit_kl=0, attention_mse=0)
+    _need(d.temperature > 0, f"train.distill.temperature is {d.temperature}; it must be positive.")
+    _need(d.lm_weight + d.logit_kl + d.attention_mse > 0,
+          "train.distill has all weights 0, so there is no loss; set lm_weight to 1.")
+
+
+def check_decode(c: Any) -> None:
+    _at_least(c, "decode", max_new_tokens=1, temperature=0, top_k=0, prefill_chunk=1)
+    _need(0 < c.top_p <= 1, f"decode.top_p is {c.top_p}; it must be in (0, 1].")
+    _need(0 <= c.min_p < 1, f"decode.min_p is {c.min_p}; it must be in [0, 1).")
+
+
+def check_eval(c: Any) -> None:
+    _at_least(c, "eval", context=2, stride=1, max_tokens=0)
+    _need(c.stride <= c.context, f"eval.stride is {c.stride}; it must not exceed eval.context = {c.context}.")
+    for depth in c.needle_depths:
+        _need(0 <= depth <= 1, f"eval.needle_depths has {depth}; depths are fractions in [0, 1].")
+
+
+def check_experiment(c: Any) -> None:
+    check_model(c.model)
+    for part in (c.mesh, c.data, c.optimizer, c.train, c.decode, c.eval):
+        check(part)
+    check_cache(c.cache)
+    _need(c.data.batch_size % c.train.accumulation == 0,
+          f"train.accumulation is {c.train.accumulation}; it must divide data.batch_size = {c.data.batch_size}.")
+    micro, shards = c.data.batch_size // c.train.accumulation, c.mesh.data * c.mesh.fsdp
+    _need(micro % shards == 0,
+          f"data.batch_size / train.accumulation is {micro}; it must be divisible by mesh.data x mesh.fsdp = {shards}.")
+    if not c.checkpoint.path and not c.convert and not c.model.scan_layers:
+        check_model_cache(c.model, c.cache)
+    _choice(c.checkpoint.dtype, ("float32", "bfloat16"), "checkpoint.dtype")
+    names = [row.name for row in c.study.rows]
+    for row in c.study.rows:
+        _need(row.name != "", "study.rows has a row without a name; name it.")
+        _need(names.count(row.name) == 1, f"study.rows has {row.name!r} twice; names must differ.")
+        check_cache(row.cache)
+        if row.model is not None:
+            _need(not row.convert, f"study.rows {row.name!r} has both model and convert; a row from scratch takes model.")
+            check_model(row.model)
+            check_model_cache(row.model, row.cache)
+
+
+_CHECKS = {
+    "ModelConfig": check_model,
+    "CacheConfig": check_cache,
+    "MeshConfig": check_mesh,
+    "DataConfig": check_data,
+    "OptimizerConfig": check_optimizer,
+    "TrainConfig": check_train,
+    "DecodeConfig": check_decode,
+    "EvalConfig": check_eval,
+    "Experiment": check_experiment,
+}

@@ -1,0 +1,280 @@
+"""The decoder: parameter table, forward pass with and without caches, loop and scan over layers.
+
+    specs = param_specs(cfg)                      # one table: shapes, axes, initialisers
+    params = init(rng, cfg)
+    outputs, caches = forward(params, cfg, Inputs(tokens), caches=caches)
+"""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kvattn import layers, masks, spec
+from kvattn.attention import VARIANTS
+from kvattn.attention.dispatch import Operand, attention
+from kvattn.attention.view import View, make_view
+from kvattn.config import ModelConfig
+from kvattn.errors import UserError
+from kvattn.spec import ParamSpec
+from sharding import constrain
+
+
+@flax.struct.dataclass
+class Inputs:
+    """tokens[B,T] int32; positions[B,T] int32 absolute, -1 = padding (None = 0..T-1); segment_ids[B,T] int32 of
+    packed batches, without caches only. `fresh`: the caches are empty (first prefill chunk), so attention stays
+    inside the chunk. `last_only`: logits of the last query position only, [B,1,W]."""
+
+    tokens: jax.Array
+    positions: jax.Array | None = None
+    segment_ids: jax.Array | None = None
+    fresh: bool = flax.struct.field(pytree_node=False, default=False)
+    last_only: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+@flax.struct.dataclass
+class Outputs:
+    """logits[B,T,W] float32; collected: name -> tuple over layers of what `collect` asked for."""
+
+    logits: jax.Array
+    collected: dict[str, tuple[jax.Array, ...]]
+
+
+# --- parameters ----------------------------------------------------------------------------------------
+
+
+def layer_specs(cfg: ModelConfig, layer: int) -> dict[str, Any]:
+    """ParamSpecs of one block."""
+    out: dict[str, Any] = {"attn": VARIANTS[cfg.variant].param_specs(cfg, layer), "mlp": layers.mlp_specs(cfg)}
+    if cfg.norm_placement in ("pre", "both"):
+        out["attn_norm"] = layers.norm_specs(cfg)
+        if cfg.residual != "parallel_palm":
+            out["mlp_norm"] = layers.norm_specs(cfg)
+    if cfg.norm_placement in ("post", "both"):
+        out["attn_post_norm"] = layers.norm_specs(cfg)
+        out["mlp_post_norm"] = layers.norm_specs(cfg)
+    if cfg.kv_norm and cfg.sources[layer] == layer:
+        out["kv_norm"] = layers.norm_specs(cfg)
+    return out
+
+
+def param_specs(cfg: ModelConfig) -> dict[str, Any]:
+    """ParamSpecs of the whole model. With cfg.scan_layers, `layers` has one entry per position in the period,
+    each stacked [L/period, ...] with leading axis `layers`."""
+    w, d = cfg.vocab_size, cfg.d_model
+    out: dict[str, Any] = {
+        "embed": {"table": ParamSpec((w, d), ("vocab", "embed"), scale=0.02)},
+        "final_norm": layers.norm_specs(cfg),
+    }
+    if not cfg.tied_embeddings:
+        out["unembed"] = {"table": ParamSpec((d, w), ("embed", "vocab"), fan_in=d)}
+    if not cfg.scan_layers:
+        out["layers"] = tuple(layer_specs(cfg, layer) for layer in range(cfg.n_layers))
+        return out
+    period = scan_period(cfg)
+    repeats = cfg.n_layers // period
+    out["layers"] = tuple(
+        spec.map_specs(
+            lambda s: ParamSpec((repeats, *s.shape), ("layers", *s.axes), s.init, s.scale, s.fan_in),
+            layer_specs(cfg, layer),
+        )
+        for layer in range(period)
+    )
+    return out
+
+
+def init(rng: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random parameters of the unscanned layout, stacked afterwards when cfg.scan_layers: loop and scan agree."""
+    params = spec.init(rng, param_specs(_unscanned(cfg)), dtype)
+    return stack_layers(params, cfg) if cfg.scan_layers else params
+
+
+def kv_specs(cfg: ModelConfig) -> tuple[dict[str, tuple[int, int]] | None, ...]:
+    """Per layer {leaf: (heads, dim)} for owners, None for layers that read another's cache."""
+    one = VARIANTS[cfg.variant].kv_spec(cfg)
+    return tuple(one if owner == layer else None for layer, owner in enumerate(cfg.sources))
+
+
+# --- forward -------------------------------------------------------------------------------------------
+
+
+def forward(
+    params: dict[str, Any], cfg: ModelConfig, inputs: Inputs, *, caches: Any = None, collect: tuple[str, ...] = ()
+) -> tuple[Outputs, Any]:
+    """Logits of every position (or the last), and the caches with the tokens appended (None without caches).
+
+    `collect=("attention",)` also returns each layer's attention output [B,T,D] before the residual add.
+    Raises UserError for segment ids together with caches.
+    """
+    x, caches, collected = hidden(params, cfg, inputs, caches=caches, collect=collect)
+    if inputs.last_only:
+        x = x[:, -1:]
+    return Outputs(unembed(params, cfg, x), collected), caches
+
+
+def hidden(
+    params: dict[str, Any], cfg: ModelConfig, inputs: Inputs, *, caches: Any = None, collect: tuple[str, ...] = ()
+) -> tuple[jax.Array, Any, dict[str, tuple[jax.Array, ...]]]:
+    """Final hidden states [B,T,D] after the last norm, the caches, and what was collected."""
+    if caches is not None and inputs.segment_ids is not None:
+        raise UserError("segment_ids were given together with caches; packed batches have no cache, pass one of them.")
+    for name in collect:
+        if name != "attention":
+            raise UserError(f"collect has {name!r}; only 'attention' can be collected.")
+    tokens = _query_tokens(inputs)
+    x = constrain(layers.embed(params, cfg, inputs.tokens), "act_batch", "act_length", "act_embed")
+    tables = _rope_tables(cfg, tokens.positions)
+    if cfg.scan_layers:
+        if caches is not None or collect:
+            raise UserError("model.scan_layers is True with caches or collect; use model.unstack_layers and "
+                            "scan_layers False.")
+        x = _scan_layers(params["layers"], cfg, x, tokens, tables)
+        collected: dict[str, tuple[jax.Array, ...]] = {}
+    else:
+        x, caches, collected = _loop_layers(params["layers"], cfg, x, tokens, tables, caches, inputs.fresh, collect)
+    return layers.norm(params["final_norm"], cfg, x), caches, collected
+
+
+def unembed(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
+    """Hidden states [B,T,D] -> logits [B,T,W] float32."""
+    return constrain(layers.unembed(params, cfg, x), "act_batch", "act_length", "act_vocab")
+
+
+def _query_tokens(inputs: Inputs) -> masks.Tokens:
+    positions = inputs.positions
+    if positions is None:
+        length = inputs.tokens.shape[1]
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], inputs.tokens.shape)
+    return masks.Tokens(positions, inputs.segment_ids)
+
+
+def _rope_tables(cfg: ModelConfig, positions: jax.Array) -> dict[Any, Any]:
+    return {rope: layers.rope_table(rope, cfg.head_dim, jnp.maximum(positions, 0)) for rope in set(cfg.ropes)}
+
+
+def _loop_layers(blocks, cfg, x, tokens, tables, caches, fresh, collect):
+    views: dict[int, View] = {}
+    new_caches = list(caches) if caches is not None else None
+    gathered: list[jax.Array] = []
+
+    def block(params, x, cache, view, layer):
+        return _block(params, cfg, layer, x, tokens, tables, cache, view, fresh)
+
+    block = _rematerialised(block, cfg.remat)
+    for layer, params in enumerate(blocks):
+        owner = cfg.sources[layer]
+        cache = caches[owner] if caches is not None and owner == layer else None
+        x, attended, view, cache = block(params, x, cache, views.get(owner), layer)
+        views[owner] = view
+        if new_caches is not None and owner == layer:
+            new_caches[layer] = cache
+        if collect:
+            gathered.append(attended)
+    collected = {"attention": tuple(gathered)} if collect else {}
+    return x, tuple(new_caches) if new_caches is not None else None, collected
+
+
+def _rematerialised(block, remat: str):
+    if remat == "none":
+        return block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(block, policy=policy, static_argnums=(4,))
+
+
+def _block(params, cfg, layer, x, tokens, tables, cache, view, fresh):
+    """One block: returns (x, attention output [B,T,D], the view its readers share, the owner's new cache)."""
+    h = layers.norm(params["attn_norm"], cfg, x) if "attn_norm" in params else x
+    h_kv = layers.norm(params["kv_norm"], cfg, x) if "kv_norm" in params else h
+    attended, view, cache = attend_layer(params["attn"], cfg, layer, h, h_kv, tokens, tables, cache, view, fresh)
+    if "attn_post_norm" in params:
+        attended = layers.norm(params["attn_post_norm"], cfg, attended)
+    if cfg.residual == "serial":
+        x = x + attended
+        h = layers.norm(params["mlp_norm"], cfg, x) if "mlp_norm" in params else x
+    elif cfg.residual == "parallel_neox":
+        h = layers.norm(params["mlp_norm"], cfg, x)
+    out = layers.mlp(params["mlp"], cfg, h)
+    if "mlp_post_norm" in params:
+        out = layers.norm(params["mlp_post_norm"], cfg, out)
+    x = x + out if cfg.residual == "serial" else x + attended + out
+    return constrain(x, "act_batch", "act_length", "act_embed"), attended, view, cache
+
+
+def attend_layer(params, cfg, layer, h, h_kv, tokens, tables, cache, view, fresh):
+    """Attention of one layer: h[B,T,D] (h_kv for K and V) -> ([B,T,D], view, cache).
+
+    An owner produces entries and makes the view; a reader is given its owner's.
+    """
+    variant, table = VARIANTS[cfg.variant], tables[cfg.rope(layer)]
+    q = constrain(variant.queries(params, cfg, h, table), "act_batch", "act_length", "act_q_heads", "act_head_dim")
+    if cfg.sources[layer] == layer:
+        view, cache = make_view(variant.entries(params, cfg, h_kv, table), tokens, cache, fresh)
+    mask = masks.from_config(cfg.mask(layer))
+    operands = []
+    for segment in view:
+        k, v = variant.expand(cfg, layer, segment.entries, segment.tokens.positions, q.dtype)
+        operands.append(Operand(k, v, mask(tokens, segment.tokens), segment.tokens))
+    context = attention(cfg, layer, q, tokens, operands)
+    return variant.output(params, cfg, context), view, cache
+
+
+# --- scan over layers ----------------------------------------------------------------------------------
+
+
+def _unscanned(cfg: ModelConfig) -> ModelConfig:
+    import dataclasses
+
+    return dataclasses.replace(cfg, scan_layers=False)
+
+
+def scan_period(cfg: ModelConfig) -> int:
+    """Layers per scan step: masks, ropes and sharing groups must repeat with it and it must divide L.
+
+    Raises UserError when no period works (for example sharing across the whole depth).
+    """
+    base = math.lcm(len(cfg.masks), len(cfg.ropes))
+    for period in range(base, cfg.n_layers + 1, base):
+        sources = cfg.sources
+        repeats = all(sources[i] - (i - i % period) == sources[i % period] for i in range(cfg.n_layers))
+        if cfg.n_layers % period == 0 and repeats:
+            return period
+    raise UserError(f"model.scan_layers is True but masks, ropes and kv_source have no common period that divides "
+                    f"n_layers = {cfg.n_layers}; set scan_layers to False.")
+
+
+def stack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """Loop layout -> scan layout: layers[i] holds layers i, i+period, ... stacked."""
+    period = scan_period(cfg)
+    stacked = tuple(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"][i::period]) for i in range(period)
+    )
+    return {**params, "layers": stacked}
+
+
+def unstack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
+    """Scan layout -> loop layout; the inverse of `stack_layers`."""
+    period = scan_period(cfg)
+    return {**params, "layers": tuple(
+        jax.tree.map(lambda leaf, n=layer // period: leaf[n], params["layers"][layer % period])
+        for layer in range(cfg.n_layers)
+    )}
+
+
+def _scan_layers(stacked, cfg, x, tokens, tables):
+    period = scan_period(cfg)
+
+    def body(x, blocks):
+        views: dict[int, View] = {}
+        for layer, params in enumerate(blocks):
+            owner = cfg.sources[layer]
+            x, _, views[owner], _ = _block(params, cfg, layer, x, tokens, tables, None, views.get(owner), False)
+        return x, None
+
+    assert len(stacked) == period
+    if cfg.remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+        body = jax.checkpoint(body, policy=policy)
+    return jax.lax.scan(body, x, stacked)[0]
