@@ -38,7 +38,7 @@ bench: ## the benchmarks, peers in alternation, JSON into experiments/results/
 
 lint: ## ruff
 	@scripts/setup.sh $(VENV) test
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
 
 clean: ## remove the environments and caches; results and workdirs stay
 	rm -rf $(VENV) $(PEERS) $(VENV).lock $(PEERS).lock .pytest_cache .ruff_cache build *.egg-info

@@ -1,0 +1,30 @@
+"""What each attention variant of SmolLM2-135M costs in quality and saves in cache bytes and decode time.
+
+Command:  make study   (python -m experiments.study --config=configs/study_smollm2.py)
+          --config.steps=200 --config.variants=base,mqa,mqa_cla2 widen or narrow it; the same command resumes.
+          --config=configs/study_smollm2.py:wide takes every row of configs/variants.py.
+Papers:   GQA 2305.13245, CLA 2405.12981, MLKV 2406.09297, StreamingLLM 2309.17453.
+Hardware: 2 CPU cores, 8 GB.
+Minutes:  25 at most; first rows within 3.
+Expect:   base is unchanged; mqa, cla and mlkv lose most of their quality at conversion and recover a part of
+          it in these few steps; bytes per token are exact: base 46080 (f32), mqa 15360, cla2 23040, cla3 15360,
+          mlkv 5120, mqa_cla2 7680.
+"""
+
+from configs import base, variants
+from kvattn import config as c
+
+DEFAULT = ("base", "mqa", "cla2", "cla3", "mlkv", "mqa_cla2", "window_sinks")
+
+
+def get_config(which: str = ""):
+    names = tuple(variants.ROWS) if which == "wide" else tuple(which.split("+")) if which else DEFAULT
+    return base.experiment(
+        name="study_smollm2" + (f"_{which}" if which else ""),
+        checkpoint=base.SMOLLM2,
+        data=c.DataConfig(batch_size=4, seq_len=128),
+        optimizer=c.OptimizerConfig(learning_rate=3e-4, warmup_steps=4, weight_decay=0.01),
+        train=c.TrainConfig(steps=24, log_every=4, checkpoint_every=12, distill=c.DistillConfig(1.0, 1.0, 1.0)),
+        eval=c.EvalConfig(context=512, stride=256, max_tokens=4096),
+        study=c.StudyConfig(rows=variants.rows(*names), decode_tokens=32),
+    )
