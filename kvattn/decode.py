@@ -115,7 +115,7 @@ def _pad_left(x: jax.Array, width: int, value: int) -> jax.Array:
 
 
 def start(params, cfg, tokens, positions, caches, sampler, eos, *, chunk: int, width: int) -> State:
-    """Prefill and the first token. tokens, positions [B,T] as in `prefill`; eos [E] i32; width = n of `out`."""
+    """Prefill and the first token. tokens, positions [B,T] as in `prefill`; eos [E] i32; width: n of `out`."""
     logits, caches = prefill(params, cfg, tokens, positions, caches, chunk)
     token = sampling.sample(logits, sampler, jnp.int32(0))
     out = jnp.full((tokens.shape[0], width), -1, jnp.int32).at[:, 0].set(token)
@@ -147,7 +147,7 @@ def _ends(token: jax.Array, eos: jax.Array) -> jax.Array:
 
 
 def generate_in_one(params, cfg, tokens, positions, caches, sampler, eos, until, *, chunk: int, width: int):
-    """`start` then `advance`: prompt to `until` tokens in one program. Returns State (its caches alias `caches`)."""
+    """`start` then `advance`: prompt to `until` tokens in one program -> State; its caches alias `caches`."""
     state = start(params, cfg, tokens, positions, caches, sampler, eos, chunk=chunk, width=width)
     return advance(params, cfg, state, sampler, eos, until)
 
@@ -171,8 +171,8 @@ def generate(
 ) -> Generated:
     """Continues a batch of prompts by up to `decode_cfg.max_new_tokens` tokens each.
 
-    Without `on_token` everything is one compiled program, and `prefill_seconds` comes from a first run of that
-    same program stopped after one token. With `on_token(row, token)` tokens are handed over as they come,
+    Without `on_token` everything is one compiled program, and `prefill_seconds` comes from a first run of
+    that same program stopped after one token. With `on_token(row, token)` tokens are handed over as they come,
     STREAM_STEPS steps at a time; the tokens are the same. `seeds`: see sampling.create.
 
     Raises UserError: no or empty prompt, ids outside the vocabulary, a prompt that with its new tokens does
@@ -275,7 +275,7 @@ def _stream(job: _Job, on_token: Callable[[int, int], None]) -> tuple[np.ndarray
 
 
 def _compiled(program: Any, params: Any, cfg: ModelConfig, rest: tuple, static: tuple):
-    """`program` compiled for the shapes of its arguments, from a small memo: called without `cfg` and statics."""
+    """`program` compiled for these shapes, from a small memo; it is called without `cfg` and statics."""
     leaves, treedef = jax.tree.flatten((params, rest))
     return _compile(program, cfg, static, treedef, tuple(_abstract(leaf) for leaf in leaves))
 
@@ -312,7 +312,8 @@ def plan_capacity(cfg: ModelConfig, cache_cfg: CacheConfig, longest: int, new: i
     need = longest + new - 1
     if not cache_cfg.capacity:
         return bucket(need)
-    keeps_all = any(keeps_every_token(cfg, cache_cfg, owner) for owner in cfg.owners)
+    layouts = [cache.layout(cfg, cache_cfg, owner, cache_cfg.capacity) for owner in cfg.owners]
+    keeps_all = any(ring == 0 for _, ring, _ in layouts)
     if keeps_all and longest > cache_cfg.capacity:
         raise UserError(
             f"the prompt has {longest} tokens and config.cache.capacity is {cache_cfg.capacity}; "
@@ -324,14 +325,6 @@ def plan_capacity(cfg: ModelConfig, cache_cfg: CacheConfig, longest: int, new: i
             f"config.cache.capacity of at least {need}, and it is {cache_cfg.capacity}."
         )
     return cache_cfg.capacity
-
-
-def keeps_every_token(cfg: ModelConfig, cache_cfg: CacheConfig, owner: int) -> bool:
-    """Whether the owner's cache is a full one (by kind, or `by_mask` with a reader that sees everything)."""
-    kind = cache_cfg.kinds[owner % len(cache_cfg.kinds)]
-    if kind == "by_mask":
-        return any(cfg.mask(reader).window == 0 for reader in cfg.readers(owner))
-    return kind == "full"
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], width: int) -> tuple[jax.Array, jax.Array]:
@@ -353,4 +346,5 @@ def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
             raise UserError(f"prompt {row} is empty; give at least one token.")
         bad = next((token for token in prompt if not 0 <= int(token) < cfg.vocab_size), None)
         if bad is not None:
-            raise UserError(f"prompt {row} has token id {bad}; the model's vocabulary is 0 to {cfg.vocab_size - 1}.")
+            last = cfg.vocab_size - 1
+            raise UserError(f"prompt {row} has token id {bad}; the model's ids are 0 to {last}.")

@@ -94,7 +94,7 @@ def sample(logits: jax.Array, sampler: Sampler, step: jax.Array) -> jax.Array:
 
 
 def filter_logits(logits: jax.Array, sampler: Sampler) -> jax.Array:
-    """Tempered logits with every token outside top-k, top-p or min-p set to MASKED: [B,W] f32 -> [B,W] f32."""
+    """Tempered logits with every token outside top-k, top-p or min-p at MASKED: [B,W] -> [B,W] f32."""
     scores = _tempered(logits, sampler)
     width = logits.shape[-1]
     weight = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))  # best token = 1

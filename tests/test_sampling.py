@@ -30,7 +30,7 @@ def oracle_kept(logits, temperature, top_k, top_p, min_p):
 
 
 @pytest.mark.parametrize(
-    "temperature,top_k,top_p,min_p",
+    ("temperature", "top_k", "top_p", "min_p"),
     [
         (1.0, 7, 1.0, 0.0),
         (0.7, 0, 0.9, 0.0),
