@@ -40,7 +40,7 @@ def convert(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array |
 def _narrowed(old: MaskConfig, step: ConvertConfig, layer: int) -> MaskConfig:
     if step.keep_every and (layer + 1) % step.keep_every == 0:
         return old
-    new = MaskConfig(window=step.window, sinks=step.sinks, causal=old.causal)
+    new = dataclasses.replace(old, window=step.window, sinks=step.sinks)
     if not old.window or (new.window <= old.window and new.sinks <= old.sinks):
         return new
     if old.window <= new.window and old.sinks <= new.sinks:
