@@ -25,6 +25,7 @@ from absl import logging
 from kvattn import corpora, packing
 from kvattn.config import DataConfig
 from kvattn.errors import UserError
+from kvattn.tokenizer import ByteTokenizer, Tokenizer
 
 Batch = dict[str, np.ndarray]
 
@@ -38,7 +39,7 @@ _FORMAT = "tokens-1"  # part of the cache key: raise it when the layout of a cac
 
 def make_iterator(
     config: DataConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     *,
     split: str = "train",
     process_index: int | None = None,
@@ -81,7 +82,7 @@ def make_iterator(
 
 def rows_of(
     config: DataConfig,
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     split: str = "train",
     cache_dir: str | os.PathLike | None = None,
 ) -> tuple[packing.PackedRows | packing.RecallRows, str]:
@@ -89,7 +90,7 @@ def rows_of(
     if split not in corpora.SPLITS:
         raise ValueError(f"split is {split!r}; it is one of {corpora.SPLITS}")
     if config.source == "mqar":
-        pairs = config.mqar_pairs or max(config.seq_len // 16, 1)
+        pairs = recall_pairs(config)
         stream = corpora.SPLITS.index(split)
         made = (RECALL_ROWS[split], config.seq_len, pairs, config.mqar_vocab, config.seed, stream)
         return packing.RecallRows(*made), corpora.hash_key("mqar", *made)
@@ -102,14 +103,17 @@ def rows_of(
     return packing.PackedRows(ids, config.seq_len), content
 
 
-def tokenizer_for(config: DataConfig, tokenizer: Any) -> Any:
+def recall_pairs(config: DataConfig) -> int:
+    """Key-value pairs of an MQAR example: `mqar_pairs`, or one for every 16 tokens (Zoology's (64, 4) to (256, 16))."""
+    return config.mqar_pairs or max(config.seq_len // 16, 1)
+
+
+def tokenizer_for(config: DataConfig, tokenizer: Tokenizer | None) -> Tokenizer:
     """The tokenizer `config.tokenizer` asks for: the checkpoint's, as given, or bytes.
 
     Raises UserError: the checkpoint's is asked for and there is none, or the name is unknown.
     """
     if config.tokenizer == "bytes":
-        from kvattn.tokenizer import ByteTokenizer
-
         return ByteTokenizer()
     if config.tokenizer != "checkpoint":
         raise UserError(
@@ -185,7 +189,7 @@ class _ProcessRows(grain.MapDataset):
 
 def tokenize(
     documents: Sequence[corpora.Document],
-    tokenizer: Any,
+    tokenizer: Tokenizer | None,
     cache_dir: str | os.PathLike | None = None,
 ) -> list[np.ndarray]:
     """Token ids int32 [n] of each document, with the tokenizer's own BOS rule and its first EOS at the end.
@@ -210,7 +214,7 @@ def tokenize(
     return [ids[document.key] for document in documents]
 
 
-def _encode(text: str, tokenizer: Any) -> np.ndarray:
+def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
     ids = tokenizer.encode(text)
     if tokenizer.eos_ids:
         ids = [*ids, tokenizer.eos_ids[0]]
