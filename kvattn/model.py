@@ -231,18 +231,18 @@ def _unscanned(cfg: ModelConfig) -> ModelConfig:
 
 
 def scan_period(cfg: ModelConfig) -> int:
-    """Layers per scan step: masks, ropes and sharing groups must repeat with it and it must divide L.
+    """Layers per scan step: masks, ropes and sharing groups must repeat with it, at least twice.
 
     Raises UserError when no period works (for example sharing across the whole depth).
     """
     base = math.lcm(len(cfg.masks), len(cfg.ropes))
-    for period in range(base, cfg.n_layers + 1, base):
+    for period in range(base, cfg.n_layers // 2 + 1, base):
         sources = cfg.sources
         repeats = all(sources[i] - (i - i % period) == sources[i % period] for i in range(cfg.n_layers))
         if cfg.n_layers % period == 0 and repeats:
             return period
-    raise UserError(f"model.scan_layers is True but masks, ropes and kv_source have no common period that divides "
-                    f"n_layers = {cfg.n_layers}; set scan_layers to False.")
+    raise UserError(f"model.scan_layers is True but masks, ropes and kv_source have no common period that repeats "
+                    f"over n_layers = {cfg.n_layers}; set scan_layers to False.")
 
 
 def stack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
