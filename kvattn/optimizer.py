@@ -5,6 +5,7 @@ scales and biases are told apart by their name, because biases here keep their h
 is rank 2 and still a bias).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,10 +50,10 @@ def schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
             f"config.optimizer.schedule is {cfg.schedule!r}; it takes cosine, linear or constant."
         )
     if not cfg.warmup_steps:
-        return after
+        return _relaxed(after)
     first = peak / cfg.warmup_steps
     warmup = optax.linear_schedule(first, peak, max(cfg.warmup_steps - 1, 1))
-    return optax.join_schedules([warmup, after], [cfg.warmup_steps])
+    return _relaxed(optax.join_schedules([warmup, after], [cfg.warmup_steps]))
 
 
 def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -91,7 +92,19 @@ def make(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     if cfg.weight_decay:
         chain.append(optax.add_decayed_weights(cfg.weight_decay, mask=decay_mask))
     chain.append(optax.scale_by_learning_rate(rate))
-    return optax.chain(*chain)
+    chained = optax.chain(*chain)
+    return optax.GradientTransformation(chained.init, _relaxed(chained.update))
+
+
+def _relaxed(f: Callable) -> Callable:
+    """`f` traced under NumPy's promotion rules: optax mixes ints, floats and ranks, kvattn's own code does not."""
+
+    @functools.wraps(f)
+    def wrapped(*args):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return f(*args)
+
+    return wrapped
 
 
 def state_shardings(
@@ -110,7 +123,7 @@ def state_shardings(
             return sharding
         return NamedSharding(mesh, _factored_spec(leaf.shape, param.shape, sharding.spec))
 
-    placed = optax.tree_utils.tree_map_params(
+    placed = optax.tree.map_params(
         tx,
         like_param,
         abstract_state,
