@@ -22,7 +22,6 @@ import dataclasses
 import difflib
 import errno
 import importlib.util
-import os
 import re
 import sys
 import traceback
@@ -185,11 +184,12 @@ def parse(
     """
     path, rest = _take_config_path(_expand_shortcuts(argv, dict(shortcuts or {})), default)
     loaded = load_config_file(path)
-    values = flags.FlagValues()
+    if "print_config" not in flags.FLAGS:
+        flags.DEFINE_bool("print_config", False, "print the resolved config and stop")
+    values = flags.FlagValues()  # the command's flags and, in this call alone, the config's
     values.append_flag_values(flags.FLAGS)
     _check_overrides(rest, loaded)
     config_flags.DEFINE_config_dict("config", loaded, "", values, sys_argv=rest)
-    flags.DEFINE_bool("print_config", False, "print the resolved config and stop", values)
     try:
         rest = values(rest)
     except flags.Error as error:
@@ -197,9 +197,6 @@ def parse(
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UserError(_one_line(str(error))) from None
     _no_positional(rest)
-    if "print_config" not in flags.FLAGS:
-        flags.DEFINE_bool("print_config", False, "print the resolved config and stop")
-    flags.FLAGS.print_config = values.print_config
     flags.FLAGS.mark_as_parsed()
     return config_lib.from_config_dict(values.config), rest
 
@@ -238,7 +235,8 @@ def _take_config_path(argv: list[str], default: str) -> tuple[str, list[str]]:
 def config_names() -> list[str]:
     """Names of the shipped experiment files."""
     folder = Path(__file__).parent.parent / "configs"
-    return sorted(p.stem for p in folder.glob("*.py") if "def get_config" in p.read_text(encoding="utf-8"))
+    has_it = re.compile(r"^def get_config\(", re.MULTILINE)
+    return sorted(p.stem for p in folder.glob("*.py") if has_it.search(p.read_text(encoding="utf-8")))
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
@@ -293,6 +291,7 @@ def _check_overrides(argv: Sequence[str], loaded: ml_collections.ConfigDict) -> 
             inside = ", ".join(holder.keys())
             raise UserError(f"{where} is a group of fields; set one of {where}.{{{inside}}}.")
         if isinstance(holder, bool):
+            _check_bool(where, match)
             continue
         value = match[4] if match[3] else (argv[i + 1] if i + 1 < len(argv) else None)
         if value is None:
@@ -329,6 +328,13 @@ def _check_value(where: str, now: Any, text: str) -> None:
         raise UserError(f"{where} is {text!r}; it takes {_takes(now)}.") from None
 
 
+def _check_bool(where: str, match: re.Match) -> None:
+    """--config.x, --noconfig.x and --config.x=true|false|1|0."""
+    text = (match[4] or "").lower() if match[3] else "true"
+    if text not in ("true", "false", "t", "f", "1", "0") or (match[1] and match[3]):
+        raise UserError(f"{where} is {match[4]!r}; it takes true or false.")
+
+
 def format_config(cfg: Any, prefix: str = "--config") -> str:
     """Every field of a config, one `--config.a.b=value` a line; each can be pasted as an override.
 
@@ -357,7 +363,7 @@ def _help(default: str, config: bool, shortcuts: Mapping[str, str]) -> str:
     if config:
         files = ", ".join(config_names())
         lines += [
-            f"  --config=FILE[:arg]  config file{f' (default {default})' if default else ''}; shipped in configs/: {files}",
+            f"  --config=FILE[:arg]  config file{f', default {default}' if default else ''}; in configs/: {files}",
             "  --config.KEY=VALUE   overrides one field, e.g. --config.train.steps=5; tuples are a,b,c",
             "  --print_config       prints the resolved config, one override a line, and stops",
         ]

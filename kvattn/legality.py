@@ -61,9 +61,9 @@ def check_model(c: Any) -> None:
           f"model.norm_offset is {c.norm_offset} with norm {c.norm!r}; it applies to rmsnorm only.")
     for name in ("attn_scale", "attn_soft_cap", "logit_soft_cap", "embed_scale", "norm_eps"):
         _need(getattr(c, name) >= 0, f"model.{name} is {getattr(c, name)}; it must not be negative.")
-    _check_sharing(c)
     _check_masks(c)
     _check_ropes(c)
+    _check_sharing(c)
     if c.scan_layers:
         from kvattn.model import scan_period
 
