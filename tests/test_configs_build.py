@@ -23,6 +23,7 @@ ARGUMENTS = {
     "uptrain_mlkv_pythia": ["6x1", "4x3", "1x1"],
     "train_mqar": ["mha", "mqa", "cla2"],
     "decode_smollm2": list(variants.ROWS),
+    "evaluate": list(variants.ROWS),
     "evaluate_smollm2": list(variants.ROWS),
 }
 SPECS = [n for n in NAMES] + [f"{n}:{a}" for n, args in ARGUMENTS.items() for a in args]

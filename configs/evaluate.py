@@ -1,0 +1,22 @@
+"""Perplexity of any readable checkpoint on any text, through the real cache; `:ROW` is a row of configs/variants.py.
+
+Command:  python -m experiments.evaluate --checkpoint=PATH --text=FILE --context=512 --stride=256
+Paper:    none; windows slide by `stride` and score each token once, with at least context - stride of context.
+Hardware: 2 CPU cores, 4 GB.
+Minutes:  1 for each 4000 tokens of SmolLM2-135M at context 512, stride 256.
+Expect:   the same negative log-likelihood as transformers on the same windows.
+"""
+
+from configs import base, variants
+from kvattn import config as c
+
+
+def get_config(row: str = "base"):
+    (variant,) = variants.rows(row)
+    return base.experiment(
+        name=f"evaluate_{row}",
+        checkpoint=base.SMOLLM2,
+        convert=variant.convert,
+        cache=variant.cache,
+        eval=c.EvalConfig(context=512, stride=256),
+    )
