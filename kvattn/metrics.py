@@ -156,7 +156,8 @@ def console_line(step: int, steps: int, values: dict[str, float]) -> str:
     `mfu` is `-` where the device's peak is not known.
     """
     parts = [f"step {step}/{steps}", f"loss {values['loss']:.4f}"]
-    parts += [f"{name} {values[name]:.4f}" for name in ("ce", "kl", "attention_mse") if name in values]
+    shown = {name: values[name] for name in ("ce", "kl", "attention_mse") if name in values}
+    parts += [f"{name} {value:.4f}" for name, value in shown.items() if value != values["loss"]]
     parts += [f"lr {values['learning_rate']:.2e}", f"gnorm {values['grad_norm']:.2f}"]
     if "tokens_per_second" in values:
         parts.append(f"{values['tokens_per_second']:,.0f} tok/s")

@@ -110,14 +110,15 @@ def init_state(layout: Layout, seed: int) -> TrainState:
     return jax.jit(make, out_shardings=layout.shardings)(jax.random.key(seed))
 
 
-def state_from(layout: Layout, params: Any, *, consume: bool = False) -> TrainState:
+def state_from(layout: Layout, params: Any, *, consume: bool = False, keep: Any = ()) -> TrainState:
     """A fresh state from given parameters, as float32 masters. They are copied, because the step donates its
-    state; `consume` hands their buffers over instead (and the caller must not touch them again).
+    state; `consume` hands their buffers over instead (and the caller must not touch them again), but for the
+    arrays that are also in `keep` (a teacher's that the student was made from).
 
     Raises UserError when the tree or a shape is not that of the model.
     """
     check_params(params, layout.model)
-    params = place(params, layout.shardings.params, jnp.float32, copy=not consume)
+    params = place(params, layout.shardings.params, jnp.float32, copy=not consume, keep=keep)
     opt_state = jax.jit(layout.tx.init, out_shardings=layout.shardings.opt_state)(params)
     return TrainState(jax.device_put(np.int32(0), layout.replicated), params, opt_state)
 
@@ -133,9 +134,10 @@ def check_params(params: Any, cfg: ModelConfig) -> None:
             raise UserError(f"parameter {name} is {have.shape} but config.model makes it {need.shape}.")
 
 
-def place(params: Any, shardings: Any, dtype: Any, *, copy: bool) -> Any:
-    """`params` in `dtype` on `shardings`. Every process gives the whole array. `copy` = share no buffer."""
-    seen: set[int] = set()
+def place(params: Any, shardings: Any, dtype: Any, *, copy: bool, keep: Any = ()) -> Any:
+    """`params` in `dtype` on `shardings`. Every process gives the whole array. `copy`: share no buffer;
+    otherwise share none with the arrays in `keep`, nor one buffer between two leaves."""
+    seen = {id(x) for x in jax.tree.leaves(keep)}
 
     def one(x, sharding):
         fresh = x.dtype != dtype

@@ -1,0 +1,25 @@
+"""Trains a model from scratch, or a checkpoint as it is, on any mesh.
+
+    python -m experiments.train --config=configs/train_tiny.py
+    python -m experiments.train --config=configs/train_tiny.py --config.train.steps=400 --config.mesh.data=2
+
+The same command resumes where the last checkpoint in the workdir is; SIGTERM and Ctrl-C save one and exit
+with code 0. Several processes: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each.
+"""
+
+from kvattn import cli, train
+from kvattn.config import Experiment
+from kvattn.errors import UserError
+
+
+def main(cfg: Experiment) -> int:
+    if not cfg.workdir:
+        raise UserError("config.workdir is empty; name the directory for checkpoints and metrics.")
+    result = train.run(cfg)
+    if not result.stopped and result.losses:
+        print(f"done: step {result.step}, loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}, in {cfg.workdir}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, default="configs/train_tiny.py")
