@@ -12,9 +12,12 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
+import rich.console
+import rich.progress
 
-from kvattn import corpora, data, scoring
+from kvattn import account, convert, corpora, data, formats, scoring
 from kvattn.config import CacheConfig, Experiment, ModelConfig
 from kvattn.errors import UserError
 from kvattn.evaluate_tasks import Needle, NeedleCell, Recall, mqar, needle
@@ -200,3 +203,67 @@ def run(
         )
         out["needle"] = found.to_dict()
     return out
+
+
+def run_checkpoint(cfg: Experiment) -> dict[str, Any]:
+    """Loads `cfg.checkpoint`, converts it as `cfg.convert` says, and runs `run` with a progress bar on stderr.
+
+    The result also names the checkpoint, the conversions and the cache's bytes per token. Raises UserError:
+    no checkpoint is named, a mesh of several devices, or anything that loading, converting or `run` raises.
+    """
+    if not cfg.checkpoint.path:
+        raise UserError(
+            "checkpoint.path is empty; name the checkpoint to evaluate with --checkpoint=PATH."
+        )
+    if (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) != (1, 1, 1):
+        raise UserError(
+            "mesh has several devices but evaluation runs on one; leave config.mesh at 1."
+        )
+    loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
+    key = jax.random.key(cfg.seed)
+    made = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=key)
+    columns = "{task.description} {task.completed}/{task.total}"
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(
+        columns, rich.progress.BarColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("evaluated")
+        result = run(
+            cfg,
+            made.params,
+            made.model,
+            loaded.tokenizer,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    about = {
+        "checkpoint": loaded.source,
+        "conversions": made.note,
+        "cache": dataclasses.asdict(cfg.cache),
+    }
+    about["kv_bytes_per_token"] = account.kv_bytes_per_token(made.model, cfg.cache)
+    return about | result
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A result of `run_checkpoint` as a few lines of text."""
+    lines = [
+        f"{result['checkpoint']} ({result['conversions']}), {result['kv_bytes_per_token']} KV bytes per token"
+    ]
+    if "ppl" in result:
+        lines.append(
+            f"perplexity {result['ppl']:.4f}  (nll {result['nll_mean']:.4f} +- {result['stderr']:.4f}, "
+            f"{result['bits_per_byte']:.4f} bits per byte, {result['tokens']} tokens, "
+            f"context {result['context']}, stride {result['stride']})"
+        )
+    for cell in result.get("needle", {}).get("cells", ()):
+        lines.append(
+            f"needle length {cell['length']:6d} depth {cell['depth']:.2f}: accuracy {cell['accuracy']:.2f}, "
+            f"answer nll {cell['nll']:.3f} ({cell['count']} keys)"
+        )
+    if "mqar" in result:
+        m = result["mqar"]
+        lines.append(
+            f"recall accuracy {m['accuracy']:.4f} +- {m['stderr']:.4f} ({m['examples']} examples of {m['pairs']} "
+            f"pairs in {m['seq_len']} tokens)"
+        )
+    return "\n".join(lines)

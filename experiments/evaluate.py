@@ -1,0 +1,29 @@
+"""Evaluates a checkpoint through the real cache: perplexity, and needle or recall where the config asks.
+
+python -m experiments.evaluate --checkpoint=PATH --text=FILE --context=512 --stride=256 --json
+python -m experiments.evaluate --config=configs/evaluate_smollm2.py:window_sinks
+"""
+
+import json
+
+from absl import flags
+
+from kvattn import cli, evaluate
+from kvattn.config import Experiment
+
+JSON = flags.DEFINE_bool("json", False, "print the result as one line of JSON on stdout")
+SHORTCUTS = {
+    "checkpoint": "checkpoint.path",
+    "text": "eval.text",
+    "context": "eval.context",
+    "stride": "eval.stride",
+}
+
+
+def main(cfg: Experiment) -> None:
+    result = evaluate.run_checkpoint(cfg)
+    print(json.dumps(result) if JSON.value else evaluate.describe(result))
+
+
+if __name__ == "__main__":
+    cli.run(main, default="configs/evaluate.py", shortcuts=SHORTCUTS)
