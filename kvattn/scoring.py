@@ -212,7 +212,7 @@ def read_tokens(path: str) -> np.ndarray:
     if not path:
         raise UserError("--tokens is missing; give a .npy file of integer token ids [T] or [B,T].")
     try:
-        ids = np.load(path, allow_pickle=False)
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)  # a lying header allocates nothing
     except OSError as e:
         raise UserError(
             f"--tokens: {path} cannot be read ({e.strerror or e}); give a .npy file."
