@@ -38,6 +38,13 @@ def assert_fits_its_config(result: convert.Converted):
     assert jax.tree.map(lambda x: x.shape, result.params) == want
 
 
+def convert_one(params, cfg, step, rng=None):
+    """`convert.convert`, checked against the plan that needs no weights."""
+    result = convert.convert(params, cfg, step, rng=rng)
+    assert result.model == convert.plan(cfg, (step,))
+    return result
+
+
 # --- GQA -----------------------------------------------------------------------------------------------
 
 
@@ -47,7 +54,7 @@ def test_gqa_mean_and_first_are_the_loops(k_heads, v_heads):
     params = random_params(cfg)
     for method in ("mean", "first"):
         step = ConvertConfig(kind="gqa", k_heads=k_heads, v_heads=v_heads, method=method)
-        result = convert.convert(params, cfg, step)
+        result = convert_one(params, cfg, step)
         assert (result.model.n_k_heads, result.model.n_v_heads) == (k_heads, v_heads)
         assert_fits_its_config(result)
         assert not result.exact
@@ -89,15 +96,15 @@ def test_gqa_grouping_is_the_one_the_model_reads():
     close(run(repeated, big), run(params, small), F32_MODEL, "expansion by repetition")
     for method in ("mean", "first"):
         step = ConvertConfig(kind="gqa", k_heads=3, v_heads=2, method=method)
-        back = convert.convert(repeated, big, step)
+        back = convert_one(repeated, big, step)
         assert back.exact
         close(run(back.params, back.model), run(params, small), F32_MODEL, method)
-    redrawn = convert.convert(repeated, big, ConvertConfig(kind="gqa", k_heads=3, v_heads=2, method="random"), rng=RNG)
+    redrawn = convert_one(repeated, big, ConvertConfig(kind="gqa", k_heads=3, v_heads=2, method="random"), rng=RNG)
     assert not redrawn.exact
     assert float(jnp.abs(run(redrawn.params, redrawn.model) - run(params, small)).max()) > 0.1
     touched = jax.tree.map(lambda x: x, repeated)
     touched["layers"][2]["attn"]["v_bias"] = touched["layers"][2]["attn"]["v_bias"].at[4, 3].add(1e-3)
-    assert not convert.convert(touched, big, ConvertConfig(kind="gqa", k_heads=3, v_heads=2)).exact
+    assert not convert_one(touched, big, ConvertConfig(kind="gqa", k_heads=3, v_heads=2)).exact
 
 
 def test_gqa_mean_is_linear_and_composes():
@@ -106,7 +113,7 @@ def test_gqa_mean_is_linear_and_composes():
     mixed = jax.tree.map(lambda a, b: 0.7 * a - 1.3 * b, one, two)
 
     def mean(params, cfg, heads):
-        return convert.convert(params, cfg, ConvertConfig(kind="gqa", k_heads=heads))
+        return convert_one(params, cfg, ConvertConfig(kind="gqa", k_heads=heads))
 
     want = jax.tree.map(lambda a, b: 0.7 * a - 1.3 * b, mean(one, cfg, 2).params, mean(two, cfg, 2).params)
     jax.tree.map(lambda got, want: close(got, want, F32_OP), mean(mixed, cfg, 2).params, want)
@@ -119,7 +126,7 @@ def test_gqa_mean_is_linear_and_composes():
 def test_gqa_keeps_the_dtype_and_averages_in_float32():
     cfg = tiny.config(n_k_heads=6, n_v_heads=6)
     params = random_params(cfg, dtype=jnp.bfloat16)
-    result = convert.convert(params, cfg, ConvertConfig(kind="gqa", k_heads=1))
+    result = convert_one(params, cfg, ConvertConfig(kind="gqa", k_heads=1))
     k = result.params["layers"][0]["attn"]["k"]
     assert k.dtype == jnp.bfloat16
     want = np.asarray(params["layers"][0]["attn"]["k"].astype(jnp.float32)).mean(1, keepdims=True)
@@ -132,8 +139,8 @@ def test_gqa_random_redraws_only_what_shrinks():
     cfg = tiny.config(**RICH)
     params = random_params(cfg)
     step = ConvertConfig(kind="gqa", k_heads=2, v_heads=6, method="random")
-    first, again = (convert.convert(params, cfg, step, rng=RNG) for _ in range(2))
-    other = convert.convert(params, cfg, step, rng=jax.random.key(12))
+    first, again = (convert_one(params, cfg, step, rng=RNG) for _ in range(2))
+    other = convert_one(params, cfg, step, rng=jax.random.key(12))
     assert_fits_its_config(first)
     fresh = model.init(RNG, first.model)
     for l in range(cfg.n_layers):
@@ -143,13 +150,13 @@ def test_gqa_random_redraws_only_what_shrinks():
         close(attn["k"], fresh["layers"][l]["attn"]["k"], EXACT, "drawn as model.init draws it")
         assert float(jnp.abs(attn["k"] - other.params["layers"][l]["attn"]["k"]).max()) > 0.01
     everything = ConvertConfig(kind="gqa", k_heads=6, v_heads=6, method="random")
-    assert convert.convert(params, cfg, everything, rng=RNG).exact
+    assert convert_one(params, cfg, everything, rng=RNG).exact
 
 
 def test_gqa_on_shared_layers_and_tied_values():
     for name in ("cla2_norm", "tied_kv"):
         cfg = tiny.CASES[name]
-        result = convert.convert(random_params(cfg), cfg, ConvertConfig(kind="gqa", k_heads=1))
+        result = convert_one(random_params(cfg), cfg, ConvertConfig(kind="gqa", k_heads=1))
         assert_fits_its_config(result)
         assert (result.model.n_k_heads, result.model.n_v_heads) == (1, 1)
         run(result.params, result.model)
@@ -194,7 +201,7 @@ def test_owners_weights_by_each_method(kind):
     step, sources = GROUPED[kind]
     shares = {"mean": (1 / 3, 1 / 3, 1 / 3), "running": (1 / 4, 1 / 4, 1 / 2), "first": (1.0, 0.0, 0.0)}
     for method, weights in shares.items():
-        result = convert.convert(params, cfg, dataclasses.replace(step, method=method))
+        result = convert_one(params, cfg, dataclasses.replace(step, method=method))
         assert result.model.sources == sources
         assert not result.exact
         assert_fits_its_config(result)
@@ -218,7 +225,7 @@ def test_groups_of_one_change_nothing():
     for step in (ConvertConfig(kind="cla", factor=1), ConvertConfig(kind="mlkv", owners=4)):
         cfg = tiny.config(kv_norm=True)
         params = random_params(cfg)
-        result = convert.convert(params, cfg, step)
+        result = convert_one(params, cfg, step)
         assert result.exact
         close(run(result.params, result.model), run(params, cfg), EXACT)
 
@@ -227,7 +234,7 @@ def test_mlkv_is_cla_on_mqa():
     """m = L/2, g = 1 is MQA + CLA2, in either order of the two steps' names."""
     cfg = tiny.config(n_k_heads=6, n_v_heads=6, qkv_bias=True)
     params = random_params(cfg)
-    one = convert.convert(params, cfg, ConvertConfig(kind="mlkv", owners=2, k_heads=1))
+    one = convert_one(params, cfg, ConvertConfig(kind="mlkv", owners=2, k_heads=1))
     steps = (ConvertConfig(kind="gqa", k_heads=1), ConvertConfig(kind="cla", factor=2))
     two = convert.convert_all(params, cfg, steps)
     assert one.model == two.model
@@ -236,7 +243,7 @@ def test_mlkv_is_cla_on_mqa():
     jax.tree.map(lambda a, b: close(a, b, EXACT), one.params, two.params)
     other = convert.convert_all(params, cfg, steps[::-1])
     jax.tree.map(lambda a, b: close(a, b, F32_OP), one.params, other.params)
-    first = convert.convert(params, cfg, ConvertConfig(kind="mlkv", owners=2, k_heads=1, method="first"))
+    first = convert_one(params, cfg, ConvertConfig(kind="mlkv", owners=2, k_heads=1, method="first"))
     close(first.params["layers"][2]["attn"]["k"], params["layers"][2]["attn"]["k"][:, :1], EXACT)
 
 
@@ -258,7 +265,7 @@ def test_exactness_is_what_running_both_models_shows():
     a, b, c, d = params["layers"]
     exact = {**params, "layers": (silent(a), twin(b, a), silent(c), twin(d, c))}
     for method in ("mean", "running", "first"):
-        result = convert.convert(exact, cfg, ConvertConfig(kind="cla", factor=2, method=method))
+        result = convert_one(exact, cfg, ConvertConfig(kind="cla", factor=2, method=method))
         assert result.exact, method
         close(run(result.params, result.model), run(exact, cfg), F32_MODEL, method)
 
@@ -273,7 +280,7 @@ def test_exactness_is_what_running_both_models_shows():
     ):  # fmt: skip
         layers = tuple(nudged(layer, *path) if i == index else layer for i, layer in enumerate(exact["layers"]))
         broken = {**exact, "layers": layers}
-        result = convert.convert(broken, cfg, ConvertConfig(kind="cla", factor=2))
+        result = convert_one(broken, cfg, ConvertConfig(kind="cla", factor=2))
         assert not result.exact, path
         assert float(jnp.abs(run(result.params, result.model) - run(broken, cfg)).max()) > 1e-4, path
 
@@ -345,7 +352,7 @@ def test_no_steps():
 
 
 def test_the_tables_name_the_same_kinds():
-    assert set(convert.CONVERSIONS) == set(convert.FIELDS)
+    assert set(convert.CONVERSIONS) == set(convert.FIELDS) == set(convert.PLANS)
     assert set(convert.METHODS) == set(convert.CONVERSIONS) - {"window"}
 
 
@@ -379,6 +386,10 @@ def test_bad_steps_are_one_sentence(name):
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+    if name not in ("no_rng", "scan"):  # only weights need those
+        with pytest.raises(UserError) as planned:
+            convert.plan(cfg, (ConvertConfig(**fields),))
+        assert str(planned.value) == message
 
 
 # --- report --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 
 One file a method; `CONVERSIONS` is the list. A conversion has the signature
 `f(params, cfg, step, rng) -> Converted`, changes no array in place, and shares every leaf it does not touch.
+Its half that needs no weights is in `PLANS`, `f(cfg, step) -> ModelConfig`; `plan` runs those.
 `report.measure` says what a conversion cost in KL and loss and saved in bytes.
 """
 
@@ -27,7 +28,25 @@ CONVERSIONS = {
     "window": window.convert,
 }
 
-__all__ = ["CONVERSIONS", "FIELDS", "METHODS", "Converted", "convert", "convert_all"]
+PLANS = {
+    "gqa": gqa.plan,
+    "cla": cross_layer.cla_plan,
+    "mlkv": cross_layer.mlkv_plan,
+    "first_half": cross_layer.first_half_plan,
+    "window": window.plan,
+}
+
+__all__ = ["CONVERSIONS", "FIELDS", "METHODS", "PLANS", "Converted", "convert", "convert_all", "plan"]
+
+
+def plan(cfg: ModelConfig, steps: tuple[ConvertConfig, ...]) -> ModelConfig:
+    """The config that `convert_all` would return, without weights: for ledgers, and to refuse a bad step before
+    a checkpoint is read. Raises UserError as `convert` does."""
+    for step in steps:
+        check(step)
+        cfg = PLANS[step.kind](cfg, step)
+        validate(cfg)
+    return cfg
 
 
 def convert(params: Any, cfg: ModelConfig, step: ConvertConfig, *, rng: jax.Array | None = None) -> Converted:

@@ -44,47 +44,65 @@ def first_half_sources(n_layers: int) -> tuple[int, ...]:
     return tuple(min(layer, last) for layer in range(n_layers))
 
 
-def cla(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array | None) -> Converted:
-    """Cross-layer attention with groups of `step.factor` layers. Raises UserError: a factor outside 1..L, a
-    model that shares K/V already, layers of one group with different RoPE."""
+def cla_plan(cfg: ModelConfig, step: ConvertConfig) -> ModelConfig:
+    """The config with groups of `step.factor` layers. Raises UserError: a factor outside 1..L, a model that
+    shares K/V already, layers of one group with different RoPE."""
     if not 1 <= step.factor <= cfg.n_layers:
         raise UserError(f"convert.factor={step.factor} is outside 1..{cfg.n_layers}, the model's layers.")
-    result = _share(params, cfg, cla_sources(cfg.n_layers, step.factor), step.method)
+    return _shared(cfg, cla_sources(cfg.n_layers, step.factor))
+
+
+def cla(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array | None) -> Converted:
+    """Cross-layer attention: the weights of `cla_plan(cfg, step)`; raises what it raises."""
+    result = _share(params, cfg, cla_plan(cfg, step), step.method)
     if cfg.kv_norm or step.factor == 1:
         return result
     note = f"{result.note}; owners feed q, k and v from one norm (the paper trains with model.kv_norm=True)"
     return dataclasses.replace(result, note=note)
 
 
-def mlkv(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array | None) -> Converted:
-    """Multi-layer K/V heads: `step.owners` blocks, first pooled to `k_heads`/`v_heads` heads where given (by
-    the first head for method `first`, otherwise by the mean). Raises UserError as `cla` and `gqa` do."""
+def mlkv_plan(cfg: ModelConfig, step: ConvertConfig) -> ModelConfig:
+    """The config with `step.owners` blocks and, where given, `k_heads`/`v_heads` heads. Raises UserError: an
+    owner count outside 1..L, and what `cla_plan` and `gqa.plan` raise."""
     if not 1 <= step.owners <= cfg.n_layers:
         raise UserError(f"convert.owners={step.owners} is outside 1..{cfg.n_layers}, the model's layers.")
     if step.v_heads and not step.k_heads:
         raise UserError(f"convert.v_heads={step.v_heads} needs k_heads too (now 0, which keeps all heads).")
-    heads = None
-    if step.k_heads:
-        method = "first" if step.method == "first" else "mean"
-        pooling = ConvertConfig(kind="gqa", k_heads=step.k_heads, v_heads=step.v_heads, method=method)
-        heads = gqa.convert(params, cfg, pooling, rng)
-        params, cfg = heads.params, heads.model
-    result = _share(params, cfg, mlkv_sources(cfg.n_layers, step.owners), step.method)
-    if heads is None:
-        return result
+    pooled = gqa.plan(cfg, step) if step.k_heads else cfg
+    return _shared(pooled, mlkv_sources(cfg.n_layers, step.owners))
+
+
+def mlkv(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array | None) -> Converted:
+    """Multi-layer K/V heads: the weights of `mlkv_plan(cfg, step)`. Heads are pooled inside each layer first
+    (by the first of a group for method `first`, otherwise by the mean), then across the block."""
+    new = mlkv_plan(cfg, step)
+    if not step.k_heads:
+        return _share(params, cfg, new, step.method)
+    method = "first" if step.method == "first" else "mean"
+    heads = gqa.convert(params, cfg, dataclasses.replace(step, method=method), rng)
+    result = _share(heads.params, heads.model, new, step.method)
     return dataclasses.replace(result, exact=heads.exact and result.exact, note=f"{heads.note}; {result.note}")
 
 
+def first_half_plan(cfg: ModelConfig, step: ConvertConfig) -> ModelConfig:
+    """The config whose second half reads layer ceil(L/2) - 1. Raises UserError as `cla_plan` does."""
+    return _shared(cfg, first_half_sources(cfg.n_layers))
+
+
 def first_half(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array | None) -> Converted:
-    """The second half of the layers reads layer ceil(L/2) - 1. Raises UserError as `cla` does."""
-    return _share(params, cfg, first_half_sources(cfg.n_layers), step.method)
+    """First-half sharing: the weights of `first_half_plan(cfg, step)`; raises what it raises."""
+    return _share(params, cfg, first_half_plan(cfg, step), step.method)
 
 
-def _share(params: Any, cfg: ModelConfig, sources: tuple[int, ...], method: str) -> Converted:
+def _shared(cfg: ModelConfig, sources: tuple[int, ...]) -> ModelConfig:
     if cfg.owners != tuple(range(cfg.n_layers)):
         raise UserError(f"model.kv_source={cfg.kv_source} shares K/V already; convert a model whose layers own theirs.")
     new = dataclasses.replace(cfg, kv_source=sources)
     validate(new)  # before any weight is pooled: groups must have one RoPE
+    return new
+
+
+def _share(params: Any, cfg: ModelConfig, new: ModelConfig, method: str) -> Converted:
     changes, exact = {}, True
     for owner in new.owners:
         members = [params["layers"][layer] for layer in new.readers(owner)]

@@ -19,18 +19,33 @@ from kvattn.convert.base import Converted, replace_layers
 from kvattn.errors import UserError
 
 
+def plan(cfg: ModelConfig, step: ConvertConfig) -> ModelConfig:
+    """The config with K -> `step.k_heads` key heads and M -> `step.v_heads` value heads (0 = k_heads).
+
+    Raises UserError: head counts that do not divide the present ones; K' != M' on a model with tied K=V.
+    """
+    k_heads, v_heads = step.k_heads, step.v_heads or step.k_heads
+    if k_heads < 1:
+        raise UserError(f"convert.k_heads={k_heads} is no head count; give one that divides {cfg.n_k_heads}.")
+    for name, new, old in (("k_heads", k_heads, cfg.n_k_heads), ("v_heads", v_heads, cfg.n_v_heads)):
+        if new < 1 or old % new:
+            divisors = ", ".join(str(d) for d in range(1, old + 1) if old % d == 0)
+            raise UserError(f"convert.{name}={new} does not divide the model's {old} heads; use one of {divisors}.")
+    if cfg.tied_kv and k_heads != v_heads:
+        raise UserError(f"convert.v_heads={v_heads} differs from k_heads={k_heads} on a model with tied_kv; give one.")
+    return dataclasses.replace(cfg, n_k_heads=k_heads, n_v_heads=v_heads)
+
+
 def convert(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array | None) -> Converted:
-    """K -> `step.k_heads` key heads, M -> `step.v_heads` value heads (0 = k_heads).
+    """The weights of `plan(cfg, step)`.
 
     `mean` averages each group's weights (biases and a per-head k_norm scale too), `first` keeps the first
     head of each group, `random` draws new weights from `rng` as the model's initialisation does. Exact when
     the heads of every group have the same weights (`random`: when no head is removed).
 
-    Raises UserError: head counts that do not divide the present ones; K' != M' on a model with tied K=V;
-    `random` without an `rng`.
+    Raises UserError: what `plan` raises; `random` without an `rng`.
     """
-    k_heads, v_heads = _targets(cfg, step)
-    new = dataclasses.replace(cfg, n_k_heads=k_heads, n_v_heads=v_heads)
+    new = plan(cfg, step)
     if step.method == "random":
         if rng is None:
             raise UserError("convert.method='random' draws weights and got rng=None; pass rng=jax.random.key(seed).")
@@ -43,23 +58,10 @@ def convert(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array |
             exact = exact and equal
         params = replace_layers(params, changes)
     note = (
-        f"{cfg.n_k_heads} key and {cfg.n_v_heads} value heads -> {k_heads} and {v_heads} by "
+        f"{cfg.n_k_heads} key and {cfg.n_v_heads} value heads -> {new.n_k_heads} and {new.n_v_heads} by "
         f"{step.method} of each contiguous group"
     )
     return Converted(new, params, exact, note)
-
-
-def _targets(cfg: ModelConfig, step: ConvertConfig) -> tuple[int, int]:
-    k_heads, v_heads = step.k_heads, step.v_heads or step.k_heads
-    if k_heads < 1:
-        raise UserError(f"convert.k_heads={k_heads} is no head count; give one that divides {cfg.n_k_heads}.")
-    for name, new, old in (("k_heads", k_heads, cfg.n_k_heads), ("v_heads", v_heads, cfg.n_v_heads)):
-        if new < 1 or old % new:
-            divisors = ", ".join(str(d) for d in range(1, old + 1) if old % d == 0)
-            raise UserError(f"convert.{name}={new} does not divide the model's {old} heads; use one of {divisors}.")
-    if cfg.tied_kv and k_heads != v_heads:
-        raise UserError(f"convert.v_heads={v_heads} differs from k_heads={k_heads} on a model with tied_kv; give one.")
-    return k_heads, v_heads
 
 
 def _pool_layer(layer: Any, cfg: ModelConfig, new: ModelConfig, method: str) -> tuple[Any, bool]:

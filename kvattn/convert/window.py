@@ -14,13 +14,11 @@ from kvattn.convert.base import Converted
 from kvattn.errors import UserError
 
 
-def convert(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array | None) -> Converted:
+def plan(cfg: ModelConfig, step: ConvertConfig) -> ModelConfig:
     """Each layer sees the last `window` tokens and the first `sinks`, except every `keep_every`-th layer
     (1-based, so keep_every=3 keeps layers 2, 5, 8, ...: windows on two layers of three; 0 keeps none).
 
-    A layer that has a window keeps the narrower of the two views. Outputs are the same for texts of up to
-    window + sinks tokens; `exact` is True only when no mask changed.
-
+    A layer that has a window keeps the narrower of the two views.
     Raises UserError: a window below 1, negative sinks or keep_every, a layer whose present window and the
     new one overlap without either containing the other.
     """
@@ -28,10 +26,16 @@ def convert(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array |
         if getattr(step, name) < low:
             raise UserError(f"convert.{name}={getattr(step, name)} is below {low}, the smallest it takes.")
     masks = tuple(_narrowed(cfg.mask(layer), step, layer) for layer in range(cfg.n_layers))
-    new = dataclasses.replace(cfg, masks=_shortest_pattern(masks))
-    changed = [layer for layer in range(cfg.n_layers) if masks[layer] != cfg.mask(layer)]
+    return dataclasses.replace(cfg, masks=_shortest_pattern(masks))
+
+
+def convert(params: Any, cfg: ModelConfig, step: ConvertConfig, rng: jax.Array | None) -> Converted:
+    """`plan(cfg, step)` with `params` as they are. Outputs are the same for texts of up to window + sinks
+    tokens; `exact` is True only when no mask changed."""
+    new = plan(cfg, step)
+    changed = sum(new.mask(layer) != cfg.mask(layer) for layer in range(cfg.n_layers))
     note = (
-        f"window {step.window} + {step.sinks} sinks on {len(changed)} of {cfg.n_layers} layers, exact for "
+        f"window {step.window} + {step.sinks} sinks on {changed} of {cfg.n_layers} layers, exact for "
         f"texts of up to {step.window + step.sinks} tokens"
     )
     return Converted(new, params, not changed, note)
