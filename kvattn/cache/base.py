@@ -104,25 +104,35 @@ def append(cache: Cache, entries: dict[str, jax.Array], positions: jax.Array) ->
     In place under donation. A position beyond a full cache's capacity is dropped: callers check lengths first.
     """
     length = jnp.maximum(cache.length, positions.max(1) + 1)
-    slots = slot_of(cache, positions, length)
-    new = stored(cache, entries)
-    write = _write_rows if positions.shape[1] == 1 and positions.shape[0] <= ROW_WRITES else _write_scatter
-    return cache.replace(entries={n: write(leaf, new[n], slots) for n, leaf in cache.entries.items()}, length=length)
+    slots, new = slot_of(cache, positions, length), stored(cache, entries)
+    if positions.shape[1] == 1 and positions.shape[0] <= ROW_WRITES:
+        held = jax.lax.platform_dependent(cache.entries, new, slots, cpu=_write_rows, default=_write_scatter)
+    else:
+        held = _write_scatter(cache.entries, new, slots)
+    return cache.replace(entries=held, length=length)
 
 
-def _write_rows(leaf: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-    """One token per row: a dynamic-update-slice per row, which writes the old value back where there is none."""
-    _, heads, size, dim = leaf.shape
-    for b in range(leaf.shape[0]):
-        at = (b, 0, jnp.minimum(slots[b, 0], size - 1), 0)
-        old = jax.lax.dynamic_slice(leaf, at, (1, heads, 1, dim))
-        leaf = jax.lax.dynamic_update_slice(leaf, jnp.where(slots[b, 0] < size, new[b : b + 1], old), at)
-    return leaf
+def _write_rows(held: dict[str, jax.Array], new: dict[str, jax.Array], slots: jax.Array) -> dict[str, jax.Array]:
+    """One token per row: a dynamic-update-slice per row, skipped where there is nothing to write.
+
+    The branch also keeps XLA:CPU from fusing the update into its readers, which for a batch of one writes it
+    twice (once for the attention, once for the result) and copies the cache four times to do so.
+    """
+    size = next(iter(held.values())).shape[2]
+    for b in range(slots.shape[0]):
+
+        def write(held, b=b):
+            at = (b, 0, slots[b, 0], 0)
+            return {n: jax.lax.dynamic_update_slice(leaf, new[n][b : b + 1], at) for n, leaf in held.items()}
+
+        held = jax.lax.cond(slots[b, 0] < size, write, lambda held: held, held)
+    return held
 
 
-def _write_scatter(leaf: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-    rows = jnp.arange(leaf.shape[0])[:, None]
-    return leaf.at[rows, :, slots].set(new.swapaxes(1, 2), mode="drop")
+def _write_scatter(held: dict[str, jax.Array], new: dict[str, jax.Array], slots: jax.Array) -> dict[str, jax.Array]:
+    """Any number of tokens; slots beyond the cache are dropped."""
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return {n: leaf.at[rows, :, slots].set(new[n].swapaxes(1, 2), mode="drop") for n, leaf in held.items()}
 
 
 def read(cache: Cache) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
