@@ -22,7 +22,7 @@ from kvattn.errors import UserError
 _FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """Text to ids and back. `add_bos`: whether `encode` begins with bos_id unless told otherwise. `eos_ids`: every
     id that ends a text or a turn. Ids are below vocab_size. Build with from_directory, from_gguf, ByteTokenizer."""
@@ -88,8 +88,11 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits over everything that decides what encode, decode and apply_chat return."""
-        parts = [self.backend.to_str(), self.bos_id, sorted(self.eos_ids), self.add_bos, self.chat_template]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        backend = json.loads(self.backend.to_str())
+        for unused in ("post_processor", "truncation", "padding"):  # encode() never asks for these
+            backend.pop(unused, None)
+        parts = [backend, self.bos_id, sorted(self.eos_ids), self.add_bos, self.chat_template]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and generation_config.json;
@@ -99,11 +102,8 @@ class Tokenizer:
         special = []
         if self.add_bos and self.bos_id is not None:
             single, special = "<bos> $A", [{"id": "<bos>", "ids": [self.bos_id], "tokens": [self._text(self.bos_id)]}]
-        backend.post_processor = processors.Sequence(
-            [
-                processors.ByteLevel(trim_offsets=False),
-                processors.TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=special),
-            ]
+        backend.post_processor = processors.TemplateProcessing(
+            single=single, pair=f"{single} $B", special_tokens=special
         )
         ids = {"bos_token": self.bos_id, "eos_token": next(iter(self.eos_ids), None)}
         ids |= {"pad_token": self.pad_id, "unk_token": self.unk_id}
@@ -134,7 +134,7 @@ def check_matches(tokenizer: Tokenizer, cfg: ModelConfig) -> None:
         )
 
 
-def ByteTokenizer() -> Tokenizer:  # noqa: N802 (reads as a type)
+def ByteTokenizer() -> Tokenizer:
     """UTF-8 bytes: id b is byte b, 256 begins a text and 257 ends it."""
     alphabet = _byte_alphabet()
     backend = tokenizers.Tokenizer(models.BPE(vocab={alphabet[b]: b for b in range(256)}, merges=[]))
@@ -291,6 +291,7 @@ _CUTS |= dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell
 _CUTS |= dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3"), _LLAMA3_CUT)
 _CUTS |= dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), _QWEN2_CUT)
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_LONGEST = 1024  # characters in a SentencePiece token; the work to find its merges grows with the square
 
 
 def from_gguf(fields: dict[str, Any], source: str = "the GGUF file") -> Tokenizer:
@@ -321,7 +322,8 @@ def from_gguf(fields: dict[str, Any], source: str = "the GGUF file") -> Tokenize
     ids = {name: get(f"{name}_token_id", int, None) for name in ("bos", "eos", "eot", "padding", "unknown")}
     for name, value in ids.items():
         if value is not None and not 0 <= value < len(tokens):
-            raise UserError(f"{source} has tokenizer.ggml.{name}_token_id {value} of {len(tokens)} tokens; convert again.")
+            what = f"tokenizer.ggml.{name}_token_id {value} of {len(tokens)} tokens"
+            raise UserError(f"{source} has {what}; convert the model to GGUF again.")
     starts = kind == "llama" or _CUTS.get(fields.get("tokenizer.ggml.pre", "")) == _LLAMA3_CUT
     template = fields.get("tokenizer.chat_template")
     return Tokenizer(
@@ -386,7 +388,8 @@ def _merges(vocab: dict[str, int], lines: list[str], source: str) -> list[tuple[
     pairs = [tuple(line.split(" ")) for line in lines]
     for line, pair in zip(lines, pairs, strict=True):
         if len(pair) != 2 or not {pair[0], pair[1], "".join(pair)} <= vocab.keys():
-            raise UserError(f"{source} has {line[:40]!r} in tokenizer.ggml.merges, which joins no tokens; convert again.")
+            what = f"{line[:40]!r} in tokenizer.ggml.merges, which joins no two tokens to a third"
+            raise UserError(f"{source} has {what}; convert the model to GGUF again.")
     return pairs
 
 
@@ -396,6 +399,8 @@ def _sentencepiece(vocab: dict[str, int], get: Callable, source: str) -> tokeniz
     if len(scores) != len(vocab) or not np.isfinite(scores).all():
         raise UserError(f"{source} does not have one finite number per token in tokenizer.ggml.scores; convert again.")
     tokens = list(vocab)
+    if max(map(len, tokens)) > _LONGEST:
+        raise UserError(f"{source} has a token of over {_LONGEST} characters in tokenizer.ggml.tokens; convert again.")
     merges = []
     for i in np.argsort(-scores.astype(np.float64), kind="stable").tolist():
         token = tokens[i]

@@ -84,8 +84,12 @@ class File:
 
 
 def refuse(path: str, what: str, fix: str = "download or convert the file again") -> UserError:
-    """The error for a file that cannot be read: which file, what is wrong, what to do."""
-    return UserError(f"{path} {what}; {fix}.")
+    """The error for a file that cannot be read: which file, what is wrong, what to do.
+
+    `what` may quote the file, so it is cut short and stripped of anything that is not a printable character.
+    """
+    shown = "".join(c if c.isprintable() else "?" for c in what[:400])
+    return UserError(f"{path} {shown}; {fix}.")
 
 
 def open_file(path: str | os.PathLike) -> File:
