@@ -61,7 +61,7 @@ def test_decoder_is_the_function(tiny_case):
     assert "dot_general" in str(got)
 
 
-@pytest.mark.parametrize("name", ["cla2_norm", "neox", "tied_kv"])
+@pytest.mark.parametrize("name", ["cla2_norm", "neox"])
 def test_decoder_is_the_function_in_numbers(name):
     """What the jaxprs say, run: nnx.jit(nnx.value_and_grad) of the module against jax.jit of the function."""
     cfg = tiny.CASES[name]
@@ -99,10 +99,11 @@ def test_decoder_decodes_in_place(name):
     cfg = tiny.CASES[name]
     decoder = door.Decoder(cfg, rngs=nnx.Rngs(2))
     tokens, split = tokens_of(cfg, 9), 5
-    full = decoder(tokens)
+    full = nnx.jit(lambda m, tokens: m(tokens))(decoder, tokens)
     caches = decoder.init_cache(2, 9, CacheConfig(kinds=("by_mask",)))
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
-    logits, caches = decoder.prefill(tokens[:, :split], positions[:, :split], caches)
+    prefill = nnx.jit(lambda m, t, p, caches: m.prefill(t, p, caches))
+    logits, caches = prefill(decoder, tokens[:, :split], positions[:, :split], caches)
     close(logits, full[:, split - 1], F32_DECODE)
 
     step = nnx.jit(lambda m, t, p, caches: m.decode_step(t, p, caches), donate_argnames="caches")
@@ -125,7 +126,8 @@ def test_decoder_trains_with_nnx_optimizer():
         optimizer.update(decoder, grads)
         return loss
 
-    losses = [float(step(decoder, optimizer)) for _ in range(8)]
+    with jax.numpy_dtype_promotion("standard"):  # optax's bias correction raises a float to an int power
+        losses = [float(step(decoder, optimizer)) for _ in range(8)]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -160,6 +162,7 @@ def test_layers_of_attention_modules_are_the_model():
     segments = jnp.asarray([[1] * 4 + [2] * 5, [1] * 9], jnp.int32)
     positions = jnp.asarray([[0, 1, 2, 3, 0, 1, 2, 3, 4], list(range(9))], jnp.int32)
     want = model.forward(params, cfg, model.Inputs(tokens, positions, segments))[0].logits
+    forward = jax.jit(forward)
     close(forward(positions, tokens, segments)[0], want, F32_MODEL)
 
     store = CacheConfig(kinds=("ring",))
@@ -185,12 +188,13 @@ def test_attention_inside_a_flax_model():
 
     block = Block(nnx.Rngs(7))
     x = jax.random.normal(jax.random.key(8), (2, 7, 28))
-    grads = nnx.grad(lambda m: jnp.square(m(x)).sum())(block)
+    grads = nnx.jit(nnx.grad(lambda m: jnp.square(m(x)).sum()))(block)
     assert sorted(nnx.to_pure_dict(grads)["attention"]) == ["k", "o", "q", "v"]
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(nnx.to_pure_dict(grads)))
-    changed = block(x.at[:, 4].add(1.0))
-    close(changed[:, :4], block(x)[:, :4], EXACT)
-    assert np.all(np.abs(changed[:, 4:] - block(x)[:, 4:]).max(-1) > 1e-4)
+    run = nnx.jit(lambda m, x: m(x))
+    before, after = run(block, x), run(block, x.at[:, 4].add(1.0))
+    close(after[:, :4], before[:, :4], EXACT)
+    assert np.all(np.abs(after[:, 4:] - before[:, 4:]).max(-1) > 1e-4)
 
 
 BAD = {
