@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvattn import data, evaluate, model, packing, scoring
+from kvattn import data, evaluate, model, scoring
 from kvattn import evaluate_tasks as tasks
 from kvattn.config import CacheConfig, DataConfig, EvalConfig, Experiment
 from kvattn.errors import UserError
@@ -289,11 +289,19 @@ def test_recall_through_a_real_model(params):
         evaluate.mqar(params, WINDOWED, seq_len=20, pairs=2, vocab=99, cache_cfg=FULL)
 
 
-def test_recall_evaluates_rows_that_training_never_draws():
+def test_recall_evaluates_rows_that_training_never_draws(monkeypatch):
+    seen = []
+
+    def score(params, cfg, sequences, cache_cfg, **kwargs):
+        seen.extend(row.tobytes() for row in sequences.tokens)
+        return scoring.Scores(np.zeros(sequences.tokens.shape), np.zeros(sequences.tokens.shape, bool))
+
+    monkeypatch.setattr(tasks.scoring, "score", score)
+    evaluate.mqar(None, WINDOWED, seq_len=20, pairs=2, vocab=61, cache_cfg=FULL, examples=50)
     config = DataConfig(source="mqar", seq_len=20, mqar_pairs=2, mqar_vocab=61, batch_size=50)
-    trained = next(data.make_iterator(config, None, process_index=0, process_count=1))["tokens"]
-    held_out = packing.RecallRows(50, 20, 2, 61, 0, stream=1)
-    assert {x.tobytes() for x in trained}.isdisjoint(held_out[i]["tokens"].tobytes() for i in range(50))
+    rows = {split: data.rows_of(config, None, split)[0] for split in ("train", "eval")}
+    assert seen == [rows["eval"][i]["tokens"].tobytes() for i in range(50)]
+    assert set(seen).isdisjoint(rows["train"][i]["tokens"].tobytes() for i in range(50))
 
 
 # --- run ----------------------------------------------------------------------------------------------
