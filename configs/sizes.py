@@ -48,8 +48,8 @@ _CLA = {"tied_embeddings": False, "kv_norm": True}
 
 SIZES: dict[str, ModelConfig] = {
     # name                     W       D     L    N   K   H     F   length
-    "tiny": _model(           256,    64,    4,   4,  2,  16,   176,   256),
-    "small": _model(          256,   192,    6,   6,  6,  32,   512,   512),
+    "tiny": _model(           258,    64,    4,   4,  2,  16,   176,   256),
+    "small": _model(          258,   192,    6,   6,  6,  32,   512,   512),
     "smollm2-135m": _model( 49152,   576,   30,   9,  3,  64,  1536,  8192, 100000.0),
     "smollm2-360m": _model( 49152,   960,   32,  15,  5,  64,  2560,  8192, 100000.0),
     "smollm2-1.7b": _model( 49152,  2048,   24,  32, 32,  64,  8192,  8192, 130000.0),

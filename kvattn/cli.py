@@ -35,6 +35,7 @@ from ml_collections import config_flags
 
 from kvattn import config as config_lib
 from kvattn.errors import UserError
+from sharding import ShardingError
 
 _DISK = {
     errno.ENOSPC: "no space left on the device",
@@ -127,7 +128,7 @@ def explain(error: BaseException) -> str | None:
         seen.append(error)
         error = error.__cause__ or error.__context__
     for e in seen:
-        if isinstance(e, UserError):
+        if isinstance(e, (UserError, ShardingError)):
             return _one_line(str(e))
     for e in seen:
         if isinstance(e, OSError) and e.errno in _DISK:
