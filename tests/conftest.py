@@ -5,9 +5,11 @@ Everything before the first `import jax` matters: XLA reads its flags once.
 
 import os
 
-_FLAGS = "--xla_force_host_platform_device_count=8"
-if _FLAGS not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " " + _FLAGS).strip()
+# LLVM at level 0: tests compile hundreds of tiny programs once, and XLA's own passes (fusion, layout, copies,
+# collectives), which the tests look at, are not affected.
+for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " " + _flag).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 os.environ.setdefault("MPLBACKEND", "agg")

@@ -17,7 +17,7 @@ from kvattn import legality
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.errors import UserError
 
-ROW_WRITES = 16  # up to this batch one token is written row by row in place; above, by one scatter
+ROW_WRITES = 8  # up to this batch one token is written row by row in place (on CPU); above, by one scatter
 
 
 @flax.struct.dataclass
