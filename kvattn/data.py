@@ -13,9 +13,10 @@ O(1) in the number of batches read.
 import contextlib
 import os
 import pathlib
+import re
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -34,6 +35,7 @@ RECALL_ROWS = {
     "eval": 3_000,
 }  # MQAR examples (Zoology: 100K to train on, 3K to test on)
 SHARD_CHARACTERS = 1_000_000  # text tokenised and cached at a time
+_LINE_START = re.compile(r"(?<=\n)(?=\S)")
 _FORMAT = "tokens-1"  # part of the cache key: raise it when the layout of a cache file changes
 
 
@@ -187,47 +189,70 @@ class _ProcessRows(grain.MapDataset):
 # --- tokenised documents, cached --------------------------------------------------------------------
 
 
+class _Piece(NamedTuple):
+    """A part of one document: the whole of it, or about SHARD_CHARACTERS of its lines."""
+
+    key: str
+    text: str
+    first: bool
+    last: bool
+
+
 def tokenize(
     documents: Sequence[corpora.Document],
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer,
     cache_dir: str | os.PathLike | None = None,
 ) -> list[np.ndarray]:
     """Token ids int32 [n] of each document, with the tokenizer's own BOS rule and its first EOS at the end.
 
-    Tokenised about a megabyte at a time; each part is written atomically under a name that hashes its text
-    and the tokenizer, so a killed run goes on where it was and nothing is tokenised twice. When the
-    default directory cannot be written the ids stay in memory and a warning is logged.
+    About a megabyte of text is tokenised at a time (longer documents in pieces cut at line ends); each such
+    shard is written atomically under a name that hashes its text and the tokenizer, so a killed run goes on
+    where it was and nothing is tokenised twice. When the default directory cannot be written the ids
+    stay in memory and a warning is logged.
 
     Raises UserError: `cache_dir` was given and cannot be written.
     """
     folder = pathlib.Path(cache_dir) if cache_dir is not None else _default_cache_dir()
-    ids: dict[str, np.ndarray] = {}
-    for shard in _shards(sorted(documents, key=lambda d: d.key)):
-        key = corpora.hash_key(_FORMAT, tokenizer.fingerprint, *(d.digest for d in shard))
+    ids: dict[str, list[np.ndarray]] = {document.key: [] for document in documents}
+    pieces = (piece for d in sorted(documents, key=lambda d: d.key) for piece in _pieces(d))
+    for shard in _shards(pieces):
+        key = corpora.hash_key(_FORMAT, tokenizer.fingerprint, *(p[1:] for p in shard))
         path = folder / f"{key[:32]}.npy"
-        pieces = _read_shard(path, len(shard), tokenizer.vocab_size)
-        if pieces is None:
-            logging.info("tokenising %d documents (%s ...)", len(shard), shard[0].name)
-            pieces = [_encode(document.text, tokenizer) for document in shard]
-            _write_shard(path, pieces, required=cache_dir is not None)
-        ids.update((document.key, piece) for document, piece in zip(shard, pieces, strict=True))
-    return [ids[document.key] for document in documents]
+        arrays = _read_shard(path, len(shard), tokenizer.vocab_size)
+        if arrays is None:
+            logging.info("tokenising %d pieces of text", len(shard))
+            arrays = [_encode(piece, tokenizer) for piece in shard]
+            _write_shard(path, arrays, required=cache_dir is not None)
+        for piece, array in zip(shard, arrays, strict=True):
+            ids[piece.key].append(array)
+    return [np.concatenate(a) if len(a) > 1 else a[0] for a in (ids[d.key] for d in documents)]
 
 
-def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    ids = tokenizer.encode(text)
-    if tokenizer.eos_ids:
-        ids = [*ids, tokenizer.eos_ids[0]]
-    return np.asarray(ids, np.int32)
+def _encode(piece: _Piece, tokenizer: Tokenizer) -> np.ndarray:
+    ids = tokenizer.encode(piece.text, None if piece.first else False)
+    end = tokenizer.eos_ids[:1] if piece.last else ()
+    return np.asarray([*ids, *end], np.int32)
 
 
-def _shards(documents: Sequence[corpora.Document]) -> Iterator[list[corpora.Document]]:
-    """Consecutive documents in groups of about SHARD_CHARACTERS."""
-    shard: list[corpora.Document] = []
+def _pieces(document: corpora.Document) -> Iterator[_Piece]:
+    """The document in pieces that end after SHARD_CHARACTERS at the next line end before a word."""
+    text, start = document.text, 0
+    while True:
+        match = _LINE_START.search(text, start + SHARD_CHARACTERS)
+        stop = match.start() if match else len(text)
+        yield _Piece(document.key, text[start:stop], start == 0, stop == len(text))
+        if stop == len(text):
+            return
+        start = stop
+
+
+def _shards(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Consecutive pieces in groups of about SHARD_CHARACTERS."""
+    shard: list[_Piece] = []
     size = 0
-    for document in documents:
-        shard.append(document)
-        size += len(document.text)
+    for piece in pieces:
+        shard.append(piece)
+        size += len(piece.text)
         if size >= SHARD_CHARACTERS:
             yield shard
             shard, size = [], 0

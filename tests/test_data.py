@@ -29,9 +29,8 @@ class WordTokenizer:
 
     def encode(self, text, add_bos=None):
         self.encoded += 1
-        return [1] + [
-            3 + int(hashlib.sha256(w.encode()).hexdigest(), 16) % 994 for w in text.split()
-        ]
+        hashes = (int(hashlib.sha256(w.encode()).hexdigest(), 16) for w in text.split())
+        return [1] * (add_bos is not False) + [3 + h % 994 for h in hashes]
 
 
 def words(seed, count):
@@ -404,10 +403,10 @@ def test_tokenising_goes_on_after_a_kill(config, tmp_path, monkeypatch):
     killed = WordTokenizer()
     original = killed.encode
 
-    def encode(text):
+    def encode(text, add_bos=None):
         if killed.encoded == 7:
             raise KeyboardInterrupt
-        return original(text)
+        return original(text, add_bos)
 
     killed.encode = encode
     with pytest.raises(KeyboardInterrupt):
@@ -419,6 +418,28 @@ def test_tokenising_goes_on_after_a_kill(config, tmp_path, monkeypatch):
     assert 0 < again.encoded < len(documents)
     assert [list(x) for x in ids] == [[*WordTokenizer().encode(d.text), 2] for d in documents]
     assert not list((tmp_path / "cache").glob(".*"))
+
+
+def test_a_long_document_is_tokenised_in_pieces(tmp_path, monkeypatch):
+    """Same ids, one BOS, one EOS, and no piece much longer than the limit; a kill keeps the finished ones."""
+    text = words(1, 3000).replace(" w1", "\n w1").replace(" w2", "\n\nw2").replace(" w3", "\nw3")
+    document = corpora.Document("long", "long", text)
+    (whole,) = data.tokenize([document], WordTokenizer(), tmp_path / "whole")
+    longest = []
+
+    class Measured(WordTokenizer):
+        def encode(self, text, add_bos=None):
+            longest.append(len(text))
+            return super().encode(text, add_bos)
+
+    monkeypatch.setattr(data, "SHARD_CHARACTERS", 700)
+    (pieces,) = data.tokenize([document], Measured(), tmp_path / "pieces")
+    np.testing.assert_array_equal(pieces, whole)
+    assert list(pieces[:1]) + list(pieces[-1:]) == [1, 2]
+    assert (pieces == 1).sum() == 1
+    assert len(longest) > 10
+    assert max(longest) < 1000
+    assert len(list((tmp_path / "pieces").glob("*.npy"))) == len(longest)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "length", "token", "text", "dtype"])
