@@ -3,8 +3,8 @@
 Command:  python -m experiments.train --config=configs/train_tiny.py
 Paper:    none.
 Hardware: 2 CPU cores, 1 GB.
-Minutes:  under 2.
-Expect:   loss from 5.6 (uniform over 258 ids) to below 2.6 nats per byte.
+Minutes:  0.5.
+Expect:   loss from 5.59 (uniform over 258 ids is 5.55) to 2.67 nats per byte, 2.62 on the held-out plays.
 """
 
 from configs import base
