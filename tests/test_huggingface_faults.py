@@ -114,6 +114,19 @@ def test_neox_buffers_are_skipped_and_biases_are_not(checkpoint):
     refused(folder, r"attention.dense.bias is missing")
 
 
+def test_gemma3_text_tensors_have_two_spellings(checkpoint):
+    folder = checkpoint("gemma3_vision")
+    before, values = hf.read(folder)[1], tensors(folder)
+    old = "language_model.model."
+    assert any(name.startswith(old) for name in values) and any("vision_tower" in name for name in values)
+    renamed = {name.replace(old, "model.language_model."): value for name, value in values.items()}
+    rewrite(folder, {"model." + k if k.startswith(("vision", "multi")) else k: v for k, v in renamed.items()})
+    after = hf.read(folder)[1]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, after))
+    rewrite(folder, renamed | {"audio_tower.weight": np.ones(3, np.float32)})
+    refused(folder, "audio_tower.weight .1 in all. has no place")
+
+
 def test_a_tied_output_matrix_must_be_the_embedding(checkpoint):
     folder = checkpoint("llama_tied")
     values = tensors(folder)
