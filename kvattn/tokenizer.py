@@ -45,7 +45,7 @@ class Tokenizer:
 
         Raises UserError for `add_bos=True` without a bos token.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = _guarded(lambda: self.backend.encode(text, add_special_tokens=False).ids, path="the checkpoint")
         if not (self.add_bos if add_bos is None else add_bos):
             return ids
         if self.bos_id is None:
@@ -61,7 +61,7 @@ class Tokenizer:
         bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if bad is not None:
             raise UserError(f"token id {bad} is outside the tokenizer's vocabulary of {self.vocab_size}.")
-        return self.backend.decode(ids, skip_special_tokens=skip_special)
+        return _guarded(lambda: self.backend.decode(ids, skip_special_tokens=skip_special), path="the checkpoint")
 
     def stream(self, skip_special: bool = True) -> Callable[[int], str]:
         """A function from the next id to the text that it completes ('' inside a character)."""
@@ -192,18 +192,21 @@ def from_directory(folder: str | os.PathLike) -> Tokenizer:
     backend.no_padding()
     options, names, generation, config = (_json(os.path.join(folder, name)) for name in _FILES)
 
-    def named(key: str) -> int | None:
+    def named(key: str) -> list[int]:
         for source in (options, names):
             value = source.get(key)
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str) and backend.token_to_id(text) is not None:
-                return backend.token_to_id(text)
-        found = _ids(generation.get(f"{key}_id")) or _ids(config.get(f"{key}_id"))
-        return found[0] if found else None
+                return [backend.token_to_id(text)]
+        return []
 
-    eos = [named("eos_token")] if named("eos_token") is not None else []
-    eos += _ids(generation.get("eos_token_id")) or ([] if eos else _ids(config.get("eos_token_id")))
-    bos = named("bos_token")
+    def by_id(key: str) -> list[int]:
+        return _ids(generation.get(f"{key}_id")) or _ids(config.get(f"{key}_id"))
+
+    first = {key: next(iter(named(key) or by_id(key)), None) for key in ("bos_token", "pad_token", "unk_token")}
+    eos = named("eos_token")
+    eos += _ids(generation.get("eos_token_id")) or ([] if eos else by_id("eos_token"))
+    bos = first["bos_token"]
     add_bos = options.get("add_bos_token")
     if not isinstance(add_bos, bool):
         ids = _guarded(lambda: backend.encode("a", add_special_tokens=True).ids, path=path)
@@ -212,8 +215,8 @@ def from_directory(folder: str | os.PathLike) -> Tokenizer:
         backend=backend,
         bos_id=bos,
         eos_ids=tuple(dict.fromkeys(eos)),
-        pad_id=named("pad_token"),
-        unk_id=named("unk_token"),
+        pad_id=first["pad_token"],
+        unk_id=first["unk_token"],
         add_bos=add_bos and bos is not None,
         chat_template=_template(folder, options),
     )

@@ -118,3 +118,16 @@ def write(path: str | os.PathLike, metadata: dict[str, Any], tensors: dict[str, 
     writer.write_tensors_to_file()
     writer.close()
     return str(path)
+
+
+def sentencepiece_keys(tokens: list[str], scores: list[float], types: list[int]) -> dict[str, Any]:
+    """tokenizer.ggml.* of a SentencePiece BPE with <unk>, <s>, </s> as ids 0, 1, 2."""
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
