@@ -348,3 +348,18 @@ def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
         if bad is not None:
             last = cfg.vocab_size - 1
             raise UserError(f"prompt {row} has token id {bad}; the model's ids are 0 to {last}.")
+
+
+# --- text ----------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: Any, text: str, chat: bool) -> list[int]:
+    """Ids of a prompt; with `chat`, of one user turn in the checkpoint's own chat template.
+
+    Raises UserError for an empty prompt, or `chat` with a checkpoint that has no template.
+    """
+    if not text:
+        raise UserError("the prompt is empty; give one with --prompt, --prompt_file or on standard input.")
+    if not chat:
+        return tokenizer.encode(text)
+    return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": text}]), add_bos=False)

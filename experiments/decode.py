@@ -1,0 +1,60 @@
+"""Text from a checkpoint, through the real cache: streamed, then one line of speed and bytes.
+
+python -m experiments.decode --checkpoint=PATH --prompt="The capital of France is" --max_new_tokens=64
+python -m experiments.decode --config=configs/decode_smollm2.py:mqa_cla2 --chat --prompt="Why is the sky blue?"
+python -m experiments.decode --prompt_file=FILE --json        (--prompt=- reads standard input)
+"""
+
+import json
+import sys
+
+import jax
+from absl import flags
+
+from kvattn import account, cli, convert, corpora, data, decode, formats
+from kvattn.config import Experiment
+from kvattn.errors import UserError
+
+JSON = flags.DEFINE_bool("json", False, "print one line of JSON on stdout instead of streaming")
+FILE = flags.DEFINE_string("prompt_file", "", "read the prompt from this file")
+FIELDS = ("prompt", "chat", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "prefill_chunk")
+SHORTCUTS = {name: f"decode.{name}" for name in FIELDS} | {"checkpoint": "checkpoint.path"}
+
+
+def main(cfg: Experiment) -> None:
+    if not cfg.checkpoint.path:
+        raise UserError("checkpoint.path is empty; name the checkpoint to decode with --checkpoint=PATH.")
+    prompt = corpora.read_text(FILE.value, "--prompt_file") if FILE.value else cfg.decode.prompt
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
+    made = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=jax.random.key(cfg.seed))
+    tokenizer = data.tokenizer_for(cfg.data, loaded.tokenizer)
+    ids = decode.encode_prompt(tokenizer, prompt, cfg.decode.chat)
+    say = tokenizer.stream()
+    result = decode.generate(
+        made.params,
+        made.model,
+        [ids],
+        cfg.decode,
+        cfg.cache,
+        eos_ids=tokenizer.eos_ids,
+        on_token=None if JSON.value else lambda row, token: print(say(token), end="", flush=True),
+    )
+    speed = {
+        "prompt_tokens": len(ids),
+        "new_tokens": len(result.tokens[0]),
+        "tokens_per_second": round(result.tokens_per_second, 2),
+        "prefill_seconds": round(result.prefill_seconds, 4),
+        "compile_seconds": round(result.compile_seconds, 2),
+        "cache_bytes": result.cache_bytes,
+        "kv_bytes_per_token": account.kv_bytes_per_token(made.model, cfg.cache),
+    }
+    if JSON.value:
+        text = tokenizer.decode(result.tokens[0], skip_special=True)
+        print(json.dumps({"text": text, "tokens": result.tokens[0], "prompt_ids": ids, **speed}))
+        return
+    print("\n" + "  ".join(f"{name} {value}" for name, value in speed.items()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main, default="configs/decode_smollm2.py", shortcuts=SHORTCUTS)
