@@ -262,9 +262,14 @@ class VariantConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
+    """Rows to compare. `prompt_tokens` of held-out text are continued by `decode_tokens` in each row.
+    `keep_models` keeps every row's trained checkpoint (weights and optimizer state) in the workdir."""
+
     rows: tuple[VariantConfig, ...] = ()
+    prompt_tokens: int = 64
     decode_tokens: int = 32
     decode_batch: int = 1
+    keep_models: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -180,9 +180,13 @@ def check_eval(c: Any) -> None:
         _need(0 <= depth <= 1, f"eval.needle_depths has {depth}; depths are fractions in [0, 1].")
 
 
+def check_study(c: Any) -> None:
+    _at_least(c, "study", prompt_tokens=1, decode_tokens=1, decode_batch=1)
+
+
 def check_experiment(c: Any) -> None:
     check_model(c.model)
-    for part in (c.mesh, c.data, c.optimizer, c.train, c.decode, c.eval):
+    for part in (c.mesh, c.data, c.optimizer, c.train, c.decode, c.eval, c.study):
         check(part)
     check_cache(c.cache)
     _need(c.data.batch_size % c.train.accumulation == 0,
@@ -213,5 +217,6 @@ _CHECKS = {
     "TrainConfig": check_train,
     "DecodeConfig": check_decode,
     "EvalConfig": check_eval,
+    "StudyConfig": check_study,
     "Experiment": check_experiment,
 }

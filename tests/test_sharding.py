@@ -91,7 +91,8 @@ def test_sharded_forward_equals_unsharded(shape, table):
     mesh, rules = _mesh(*shape), RULES[table]
     placed = jax.device_put(params, sharding.named(model.param_specs(CFG), mesh, rules))
     with sharding.use_rules(mesh, rules):
-        compiled = jax.jit(lambda p, t: model.forward(p, CFG, model.Inputs(t))[0].logits).lower(placed, tokens).compile()
+        forward = jax.jit(lambda p, t: model.forward(p, CFG, model.Inputs(t))[0].logits)
+        compiled = forward.lower(placed, tokens).compile()
     close(compiled(placed, tokens), want, F32_SHARDED)
     text = compiled.as_text()
     assert ("all-gather" in text) == (shape[1] > 1)  # ZeRO-3 gathers weights over fsdp, nothing else gathers
