@@ -203,7 +203,8 @@ def check_experiment(c: Any) -> None:
         _need(names.count(row.name) == 1, f"study.rows has {row.name!r} twice; names must differ.")
         check_cache(row.cache)
         if row.model is not None:
-            _need(not row.convert, f"study.rows {row.name!r} has both model and convert; a row from scratch takes model.")
+            _need(not row.convert,
+                  f"study.rows {row.name!r} has both model and convert; a row from scratch takes model.")
             check_model(row.model)
             check_model_cache(row.model, row.cache)
 

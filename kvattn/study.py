@@ -145,7 +145,8 @@ class _Study:
         options = dataclasses.replace(self.cfg, name="", variants=(), steps=-1, convert=row.convert, study=StudyConfig())
         if loaded is None:
             options = dataclasses.replace(options, train=_no_teacher(options.train))
-        teacher = Teacher(loaded.model, loaded.params) if loaded is not None and train.wants_teacher(options) else None
+        taught = loaded is not None and train.wants_teacher(options)
+        teacher = Teacher(loaded.model, loaded.params) if taught else None
         with self._bar(f"{row.name}: training") as update:
             result = train.fit(
                 options, params=params, model=cfg, teacher=teacher, tokenizer=self.subject.tokenizer,
@@ -285,9 +286,12 @@ def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
-    return {prefix: tree}
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    out: dict[str, Any] = {}
+    for name, sub in tree.items():
+        out |= _flat(sub, f"{prefix}.{name}" if prefix else name)
+    return out
 
 
 def _check_same_study(path: pathlib.Path, cfg: Experiment) -> None:

@@ -9,8 +9,17 @@ import pytest
 
 from kvattn import config, decode, evaluate, study, study_report, train
 from kvattn.config import (
-    CacheConfig, CheckpointConfig, ConvertConfig, DataConfig, DistillConfig, EvalConfig, Experiment, MaskConfig,
-    StudyConfig, TrainConfig, VariantConfig,
+    CacheConfig,
+    CheckpointConfig,
+    ConvertConfig,
+    DataConfig,
+    DistillConfig,
+    EvalConfig,
+    Experiment,
+    MaskConfig,
+    StudyConfig,
+    TrainConfig,
+    VariantConfig,
 )  # fmt: skip
 from kvattn.errors import UserError
 from tests import tiny
@@ -78,7 +87,8 @@ def test_a_study_end_to_end(converted, capsys):
     lines = _lines(converted)
     assert [(x["row"], x["phase"]) for x in lines] == [
         ("base", "before"), ("mqa", "before"), ("ring", "before"),
-        ("base", "after"), ("base", "decode"), ("mqa", "after"), ("mqa", "decode"), ("ring", "after"), ("ring", "decode"),
+        ("base", "after"), ("base", "decode"), ("mqa", "after"), ("mqa", "decode"),
+        ("ring", "after"), ("ring", "decode"),
     ]  # fmt: skip
     base, mqa, ring = records
     # bytes per token: 2 layers x 3 heads x (10 + 14) x 4 bytes, a third of it, and half of it in bf16
