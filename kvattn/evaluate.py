@@ -18,7 +18,7 @@ import rich.console
 import rich.progress
 
 from kvattn import account, convert, corpora, data, formats, scoring
-from kvattn.config import CacheConfig, Experiment, ModelConfig
+from kvattn.config import CacheConfig, Experiment, ModelConfig, validate
 from kvattn.errors import UserError
 from kvattn.evaluate_tasks import Needle, NeedleCell, Recall, mqar, needle
 from kvattn.scoring import Sequences
@@ -220,8 +220,10 @@ def run_checkpoint(cfg: Experiment) -> dict[str, Any]:
             "mesh has several devices but evaluation runs on one; leave config.mesh at 1."
         )
     loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
-    key = jax.random.key(cfg.seed)
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 1)  # as in train.run: the same random heads
     made = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=key)
+    model_cfg = dataclasses.replace(made.model, kernel=cfg.model.kernel)
+    validate(model_cfg)
     columns = "{task.description} {task.completed}/{task.total}"
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(
@@ -231,7 +233,7 @@ def run_checkpoint(cfg: Experiment) -> dict[str, Any]:
         result = run(
             cfg,
             made.params,
-            made.model,
+            model_cfg,
             loaded.tokenizer,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
@@ -240,7 +242,7 @@ def run_checkpoint(cfg: Experiment) -> dict[str, Any]:
         "conversions": made.note,
         "cache": dataclasses.asdict(cfg.cache),
     }
-    about["kv_bytes_per_token"] = account.kv_bytes_per_token(made.model, cfg.cache)
+    about["kv_bytes_per_token"] = account.kv_bytes_per_token(model_cfg, cfg.cache)
     return about | result
 
 

@@ -61,7 +61,7 @@ def score(
 ) -> Scores:
     """Scores of each sequence, in its own fresh cache. `progress(done, n)` is called after every batch.
 
-    Raises UserError: token ids outside the vocabulary, or a cache that cannot hold a sequence.
+    Raises UserError: token ids outside the vocabulary, a cache that cannot hold a sequence, or NaN logits.
     """
     check_ids(cfg, sequences.tokens, "tokens")
     check_ids(cfg, sequences.targets, "targets")
@@ -76,6 +76,8 @@ def score(
         _score_batch(params, cfg, part, caches, chunk, Scores(*(x[row : row + batch] for x in out)))
         if progress:
             progress(min(row + batch, count), count)
+    if np.isnan(out.nll).any():
+        raise UserError("the model's logits are not numbers (NaN); its weights are damaged or diverged.")
     return Scores(*(x[:count, :width] for x in out))
 
 

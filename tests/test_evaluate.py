@@ -136,6 +136,14 @@ def test_a_model_that_knows_nothing_scores_ln_of_the_vocabulary(params, ids):
     assert result.stderr == pytest.approx(0, abs=1e-6)
 
 
+def test_a_diverged_model_is_an_error_and_not_a_number(params, ids):
+    broken = params | {"final_norm": {"scale": params["final_norm"]["scale"].at[3].set(jnp.nan)}}
+    with pytest.raises(UserError, match="NaN"):
+        evaluate.perplexity(
+            broken, WINDOWED, ids, context=CONTEXT, stride=STRIDE, cache_cfg=FULL, batch=3, chunk=4
+        )
+
+
 def test_logits_prefill_and_decode_match_the_forward(params, ids):
     tokens = ids[:22].reshape(2, 11)
     want = np.stack([plain_logits(params, jnp.asarray(row[None], jnp.int32)) for row in tokens])
