@@ -1,7 +1,7 @@
 """Checkpoints of training runs: asynchronous, sharded, atomic, and readable on their own.
 
     <workdir>/checkpoints/<step>/params, opt_state    arrays (orbax, OCDBT), any sharding in, any sharding out
-    <workdir>/checkpoints/<step>/data                 the data iterator's position, one JSON a process
+    <workdir>/checkpoints/<step>/data                 the data iterator's position, JSON, the same for every process
     <workdir>/checkpoints/<step>/meta                 step, model and experiment, JSON
     <workdir>/tokenizer                               the tokenizer of the run, when it has one
 
@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from typing import Any
 
@@ -22,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from kvattn import config as config_lib
 from kvattn import model, spec
@@ -55,7 +55,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, keep: int):
-        self.workdir = epath.Path(workdir)
+        self.workdir = _absolute(workdir)
         self.root = self.workdir / FOLDER
         self._pending: int | None = None
         with writing(self.root):
@@ -83,7 +83,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(state.params),
             opt_state=ocp.args.PyTreeSave(_as_dict(state.opt_state)),
-            data=ocp.args.JsonSave({"processes": _gather(data_state)}),
+            data=ocp.args.JsonSave(data_state),
             meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta}),
         )
         with _disk_errors(self.root, self.latest()):
@@ -104,7 +104,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
-        """(state, data state of this process) of `step`, every array born on the sharding `abstract` names."""
+        """(state, data state) of `step`, every array born on the sharding `abstract` names."""
         opt_state = _as_dict(abstract.opt_state)
         with _reading(self.root / str(step)):
             out = self._manager.restore(
@@ -115,16 +115,10 @@ class Checkpoints:
                     data=ocp.args.JsonRestore(),
                 ),
             )
-        states = out["data"]["processes"]
-        if len(states) != jax.process_count():
-            raise UserError(
-                f"{self.root / str(step)} was written by {len(states)} processes and this run has "
-                f"{jax.process_count()}; resume with as many."
-            )
         leaves = jax.tree.leaves(out["opt_state"])
         restored = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), leaves)
         count = jax.device_put(np.int32(step), abstract.step.sharding)
-        return TrainState(count, out["params"], restored), states[jax.process_index()]
+        return TrainState(count, out["params"], restored), out["data"]
 
     def close(self) -> None:
         """Waits for the last save and lets go of the directory."""
@@ -185,12 +179,17 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 # --- reading without a run -----------------------------------------------------------------------------
 
 
+def _absolute(path: Any) -> epath.Path:
+    """A local path made absolute, as orbax wants it; a gs:// or s3:// path as it is."""
+    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
+
+
 def find_step(path: Any) -> epath.Path:
     """The step directory that `path` means: itself, or the newest under a workdir or its checkpoints folder.
 
     Raises UserError when there is none.
     """
-    path = epath.Path(path)
+    path = _absolute(path)
     if (path / "meta").is_dir() and (path / "params").is_dir():
         return path
     for folder in (path / FOLDER, path):
@@ -276,18 +275,6 @@ def _as_dict(opt_state: Any) -> dict[str, Any]:
     width = len(str(len(leaves)))
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     return {f"{i:0{width}}.{name}": leaf for i, (name, (_, leaf)) in enumerate(zip(names, leaves, strict=True))}
-
-
-def _gather(value: Any) -> list[Any]:
-    """`value` (JSON) of every process, in process order, on every process."""
-    if jax.process_count() == 1:
-        return [value]
-    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32(raw.size))).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: raw.size] = raw
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [json.loads(bytes(row[:size]).decode()) for row, size in zip(rows, sizes, strict=True)]
 
 
 @contextlib.contextmanager

@@ -143,8 +143,8 @@ class _Run:
         micro = cfg.data.batch_size // cfg.train.accumulation
         if cfg.data.batch_size % cfg.train.accumulation or micro % self.layout.batch_shards:
             raise UserError(
-                f"config.data.batch_size is {cfg.data.batch_size}; make it a multiple of train.accumulation x mesh.data "
-                f"x mesh.fsdp = {cfg.train.accumulation} x {self.layout.batch_shards}."
+                f"config.data.batch_size is {cfg.data.batch_size}; make it a multiple of train.accumulation x "
+                f"mesh.data x mesh.fsdp = {cfg.train.accumulation} x {self.layout.batch_shards}."
             )
         self.share = train_step.data_share(self.layout, micro)
         self.batches = self._iterator("train")

@@ -1,0 +1,278 @@
+"""Checkpoints: layouts in and out, kill -9, SIGTERM, a full disk, a read-only workdir, damage, another config."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvattn import checkpoint, metrics, model, train_step
+from kvattn.config import Experiment, MeshConfig, OptimizerConfig, TrainConfig
+from kvattn.errors import UserError
+from kvattn.tokenizer import ByteTokenizer
+from sharding import make_mesh
+from tests import tiny
+from tests.tolerances import EXACT, close
+
+ROOT = pathlib.Path(__file__).parent.parent
+CFG = tiny.config(n_layers=2, d_model=24, d_ff=38, n_heads=4, n_k_heads=2, n_v_heads=2, vocab_size=62)
+META = checkpoint.make_meta(Experiment(name="x", model=CFG), CFG)
+
+
+def layout_on(*mesh, cfg=CFG, name="adamw"):
+    return train_step.make_layout(cfg, OptimizerConfig(name=name), 9, make_mesh(MeshConfig(*mesh)))
+
+
+def same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(lambda g, w: close(g, w, EXACT), jax.device_get(got), jax.device_get(want))
+
+
+def filled(layout, seed):
+    """A state with no two equal values in it."""
+    state = train_step.init_state(layout, seed)
+    leaves, tree = jax.tree.flatten(state)
+    rng = np.random.default_rng(seed)
+    noisy = [
+        jax.device_put(rng.permuted(np.arange(x.size) + seed).reshape(x.shape).astype(x.dtype), x.sharding)
+        for x in leaves
+    ]
+    return dataclasses.replace(jax.tree.unflatten(tree, noisy), step=state.step)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_restored_onto_another_mesh_bit_for_bit(name, tmp_path):
+    state = filled(layout_on(1, 4, 2, name=name), 3)
+    want = jax.device_get(state)
+    saver = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    saver.save(7, state, {"position": 12}, META)
+    jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)  # overwrite while it is being written
+    saver.close()
+    target = layout_on(2, 2, 2, name=name)
+    reader = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    got, data_state = reader.restore(reader.latest(), target.abstract)
+    assert data_state == {"position": 12} and int(got.step) == 7 and reader.meta(7)["model"] == META["model"]
+    same((got.params, got.opt_state), (want.params, want.opt_state))
+    jax.tree.map(lambda x, s: x.sharding == s or pytest.fail(f"{x.sharding} != {s}"), got, target.shardings)
+    reader.close()
+
+
+def test_the_newest_are_kept_and_read_back_as_a_model(tmp_path):
+    layout, tokenizer = layout_on(1, 1, 1), ByteTokenizer()
+    saver = checkpoint.Checkpoints(str(tmp_path), keep=2)
+    checkpoint.save_tokenizer(tmp_path, tokenizer)
+    states = {step: filled(layout, step) for step in (2, 4, 6)}
+    for step, state in states.items():
+        saver.save(step, state, {}, META)
+    saver.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+    for path, step in ((tmp_path, 6), (tmp_path / "checkpoints", 6), (tmp_path / "checkpoints" / "4", 4)):
+        cfg, params, read = checkpoint.load_model(path)
+        assert cfg == CFG and read.fingerprint == tokenizer.fingerprint
+        same(params, states[step].params)
+        assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(params))
+    half = checkpoint.load_model(tmp_path, "bfloat16")[1]
+    same(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), states[6].params))
+
+
+def test_scanned_layers_come_back_unrolled(tmp_path):
+    scanned = dataclasses.replace(CFG, scan_layers=True)
+    layout = layout_on(1, 1, 1, cfg=scanned)
+    saver = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    state = train_step.init_state(layout, 0)
+    saver.save(1, state, {}, checkpoint.make_meta(Experiment(), scanned))
+    saver.close()
+    cfg, params, tokenizer = checkpoint.load_model(tmp_path)
+    assert cfg == CFG and tokenizer is None
+    same(params, model.unstack_layers(state.params, scanned))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": dataclasses.replace(CFG, n_k_heads=1)}, "config.model.n_k_heads=2 and this run has 1"),
+        ({"optimizer": OptimizerConfig(learning_rate=0.5)}, "config.optimizer.learning_rate=0.0003"),
+        ({"seed": 3}, "config.seed=0"),
+        ({"train": TrainConfig(accumulation=4)}, "config.train.accumulation=1"),
+    ],
+)
+def test_another_config_is_named(change, field):
+    base = Experiment(name="x", model=CFG)
+    now = dataclasses.replace(base, **change)
+    with pytest.raises(UserError, match=field):
+        checkpoint.check_same({"format": 1, **META}, checkpoint.make_meta(now, now.model), "here")
+
+
+def test_what_may_change_may_change():
+    free = TrainConfig(steps=999, keep=9, log_every=1, checkpoint_every=2, eval_every=3)
+    now = Experiment(name="y", model=dataclasses.replace(CFG, remat="full"), train=free, mesh=MeshConfig(2, 2, 2))
+    checkpoint.check_same({"format": 1, **META}, checkpoint.make_meta(now, now.model), "here")
+    with pytest.raises(UserError, match="format 0"):
+        checkpoint.check_same({"format": 0, **META}, META, "here")
+
+
+@pytest.fixture
+def written(tmp_path):
+    saver = checkpoint.Checkpoints(str(tmp_path), keep=2)
+    saver.save(1, filled(layout_on(1, 1, 1), 1), {}, META)
+    saver.close()
+    return tmp_path / "checkpoints" / "1"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "meta"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damage_is_one_sentence(written, damage):
+    files = [p for p in (written / "params").rglob("*") if p.is_file() and p.stat().st_size > 1000]
+    assert files
+    if damage == "meta":
+        (written / "meta" / "metadata").write_text('{"model": ')
+    for path in files if damage != "meta" else ():
+        path.write_bytes(path.read_bytes()[:-700]) if damage == "truncate" else path.unlink()
+    with pytest.raises(UserError, match="cannot be read") as error:
+        checkpoint.load_model(written)
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_without_checkpoints(tmp_path):
+    with pytest.raises(UserError, match="no kvattn checkpoint"):
+        checkpoint.load_model(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    places = [tmp_path / "file" / "run", pathlib.Path("/proc/kvattn")] + ([locked] if os.geteuid() else [])
+    for place in places:
+        with pytest.raises(UserError, match="config.workdir: cannot write"):
+            checkpoint.Checkpoints(str(place), keep=1)
+
+
+def test_a_disk_with_too_little_room_keeps_the_checkpoint(tmp_path, monkeypatch):
+    state = filled(layout_on(1, 1, 1), 1)
+    saver = checkpoint.Checkpoints(str(tmp_path), keep=1)
+    saver.save(1, state, {}, META)
+    saver.wait()
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(UserError, match=r"0.1 MB free and the next checkpoint needs .* \(step 1 is intact\)"):
+        saver.save(2, state, {}, META)
+    saver.close()
+    same(checkpoint.load_model(tmp_path)[1], state.params)
+
+
+# --- the command, killed -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(5)
+    for i in range(6):
+        words = rng.choice(["the ", "cat ", "sat ", "on ", "a ", "mat. ", "\n"], 900)
+        (folder / f"part{i}.txt").write_text("".join(words))
+    return f"{folder}/*.txt"
+
+
+class Command:
+    """`python -m experiments.train` on a tiny model, one CPU device, in a process of its own."""
+
+    def __init__(self, corpus, workdir, steps=40, **limits):
+        sizes = {"n_layers": 2, "d_model": 24, "n_heads": 4, "n_k_heads": 2, "n_v_heads": 2, "head_dim": 6}
+        sizes |= {"v_head_dim": 6, "d_ff": 40, "vocab_size": 258}
+        options = {f"model.{k}": v for k, v in sizes.items()}
+        options |= {"data.source": "text_files", "data.paths": corpus, "data.batch_size": 4, "data.seq_len": 16}
+        options |= {"train.steps": steps, "train.log_every": 1, "train.checkpoint_every": 7, "train.eval_every": 0}
+        options |= {"workdir": workdir, "optimizer.warmup_steps": 3}
+        line = [sys.executable, "-m", "experiments.train", "--config=configs/train_tiny.py"]
+        line += [f"--config.{k}={v}" for k, v in options.items()]
+        env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+        self.workdir = pathlib.Path(workdir)
+        self.process = subprocess.Popen(
+            line, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **limits
+        )
+
+    def until_step(self, step):
+        """Reads output until the line of `step`."""
+        for line in self.process.stdout:
+            if line.startswith(f"step {step}/"):
+                return
+        raise AssertionError(self.process.stderr.read())
+
+    def finish(self):
+        """(exit code, rest of stdout, stderr)."""
+        out, err = self.process.communicate(timeout=300)
+        return self.process.returncode, out, err
+
+    def records(self):
+        keep = ("step", "loss", "ce", "grad_norm", "learning_rate", "tokens")
+        return [{k: r[k] for k in keep} for r in metrics.read_jsonl(self.workdir / metrics.JSONL)]
+
+    def steps(self):
+        return sorted(int(p.name) for p in (self.workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    run = Command(corpus, tmp_path_factory.mktemp("whole") / "run")
+    code, _, err = run.finish()
+    assert code == 0, err
+    assert len(run.records()) == 40 and run.steps() == [35, 40]
+    return run.records()
+
+
+def test_kill_9_then_the_same_command_gives_the_same_curve(corpus, uninterrupted, tmp_path):
+    """Killed at random moments, also while a checkpoint is being written; every float32 loss is equal."""
+    rng = np.random.default_rng(time.time_ns() % 2**32)
+    for low, high in ((8, 15), (22, 33)):
+        run = Command(corpus, tmp_path / "run")
+        run.until_step(int(rng.integers(low, high)))
+        time.sleep(rng.uniform(0, 0.05))
+        run.process.kill()
+        assert run.finish()[0] == -signal.SIGKILL
+        assert run.steps(), "a checkpoint must be there to resume from"
+    run = Command(corpus, tmp_path / "run")
+    code, out, err = run.finish()
+    assert code == 0, err
+    assert "steps 0 to" not in out, "the last run must have resumed"
+    assert run.records() == uninterrupted
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if not p.name.isdigit()] == []
+
+
+def test_sigterm_saves_and_the_same_command_resumes(corpus, uninterrupted, tmp_path):
+    run = Command(corpus, tmp_path / "run")
+    run.until_step(9)
+    run.process.send_signal(signal.SIGTERM)
+    code, out, err = run.finish()
+    assert code == 0, err
+    assert "the same command resumes" in out
+    last = run.records()[-1]["step"]
+    assert run.steps()[-1] == last < 40 and f"stopped by a signal after step {last}/40" in out
+    run = Command(corpus, tmp_path / "run")
+    assert run.finish()[0] == 0
+    assert run.records() == uninterrupted
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_keeps_the_checkpoint(corpus, uninterrupted, tmp_path):
+    """Files may not grow past 40 kB: the first save of the second run fails inside the storage library."""
+    run = Command(corpus, tmp_path / "run", steps=9)
+    assert run.finish()[0] == 0 and run.steps() == [7, 9]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
+    run = Command(corpus, tmp_path / "run", preexec_fn=limit)
+    code, _, err = run.finish()
+    lines = [line for line in err.strip().splitlines() if line.startswith("error: ")]
+    assert code == 2, err
+    assert len(lines) == 1 and "(step 9 is intact)" in lines[0] and "run the same command again" in lines[0]
+    assert run.steps() == [7, 9]
+    run = Command(corpus, tmp_path / "run", steps=12)
+    assert run.finish()[0] == 0 and run.steps()[-1] == 12
+    assert json.loads((tmp_path / "run" / metrics.JSONL).read_text().splitlines()[-1])["step"] == 12
