@@ -73,7 +73,8 @@ def test_byte_level_cuts(pre):
 
 def test_the_golden_cuts_differ():
     """The vocabulary is good enough to tell the pre-tokenizers apart."""
-    assert BPE["ids"]["gpt-2"] != BPE["ids"]["llama-bpe"] != BPE["ids"]["qwen2"] != BPE["ids"]["gpt-2"]
+    different = [str(BPE["ids"][pre]) for pre in ("gpt-2", "llama-bpe", "qwen2", "smollm")]
+    assert len(set(different)) == 4
 
 
 def test_llama3_takes_whole_tokens_before_merging():

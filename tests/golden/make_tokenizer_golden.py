@@ -16,7 +16,7 @@ import os
 import pathlib
 import tempfile
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from kvattn import formats
@@ -97,12 +97,14 @@ def ids_of(tokenizer) -> list[list[int]]:
     return [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
 
 
-def read(metadata: dict) -> list[list[int]]:
-    """Ids of TEXTS by transformers, from a GGUF file with this tokenizer."""
+def read(metadata: dict, cut=None) -> list[list[int]]:
+    """Ids of TEXTS by transformers, from a GGUF file with this tokenizer, its pre-tokenizer replaced by `cut`."""
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(build.SMALL, d_model=60)  # transformers wants heads to divide it
         build.write(os.path.join(folder, "t.gguf"), build.keys(config) | metadata, {})
-        return ids_of(AutoTokenizer.from_pretrained(folder, gguf_file="t.gguf"))
+        theirs = AutoTokenizer.from_pretrained(folder, gguf_file="t.gguf")
+        theirs.backend_tokenizer.pre_tokenizer = cut or theirs.backend_tokenizer.pre_tokenizer
+        return ids_of(theirs)
 
 
 def main() -> None:
@@ -120,6 +122,9 @@ def main() -> None:
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     bpe = {"tokens": tokens, "merges": merges, "special": special}
     bpe["ids"] = {pre: read(build.byte_level_keys(tokens, merges, pre, special)) for pre in PRES}
+    digit = pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated")  # llama.cpp's two patterns for smollm
+    metadata = build.byte_level_keys(tokens, merges, "gpt-2", special)
+    bpe["ids"]["smollm"] = read(metadata, pre_tokenizers.Sequence([digit, byte_level]))
     pieces, scores, types = sentencepiece_vocabulary()
     spm = {"tokens": pieces, "scores": scores, "types": types}
     spm["ids"] = read(build.sentencepiece_keys(pieces, scores, types))
