@@ -12,6 +12,7 @@ import numpy as np
 
 from kvattn.config import ModelConfig, RopeConfig
 from kvattn.spec import ParamSpec
+from sharding import constrain
 
 _ACTIVATIONS = {
     "swiglu": jax.nn.silu,
@@ -162,8 +163,9 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array] | None, head_axis: i
 
 
 def embed(params: dict[str, Any], cfg: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """tokens[B,T] int32 -> [B,T,D] in the table's dtype, times cfg.embed_scale."""
-    x = jnp.take(params["embed"]["table"], tokens, axis=0)
+    """tokens[B,T] int32 -> [B,T,D] in the table's dtype, times cfg.embed_scale. The rows are gathered from a table
+    whole in D: from one split in D, XLA would replicate the result before it is split by batch."""
+    x = jnp.take(constrain(params["embed"]["table"], "vocab", "act_embed"), tokens, axis=0)
     return x * jnp.asarray(cfg.embed_scale, x.dtype) if cfg.embed_scale != 1.0 else x
 
 
