@@ -225,6 +225,7 @@ def ledger_table(cfg: ModelConfig, cache: CacheConfig, context: int = 0) -> Tabl
     """A rich table: one row per run of layers that are alike, and totals. `context` (0 = cfg.max_length) is
     the length at which the bytes held and the FLOPs are given."""
     context = context or cfg.max_length
+    cfg = dataclasses.replace(cfg, scan_layers=False)  # a scanned model decodes unscanned: the same ledger
     table = Table(title=f"KV ledger, {cache.dtype}, {context} tokens", title_justify="left")
     for name in ("layers", "K, V from", "heads N/K/M", "dims H/V", "sees", "store"):
         table.add_column(name)

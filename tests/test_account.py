@@ -393,6 +393,8 @@ def test_ledger_table():
         assert expected in text
     assert "ring" in text
     assert "full" in text
+    console.print(account.ledger_table(tiny.CASES["scan"], CacheConfig(), 50))  # a training run's opening table
+    assert "4 owners of 4" in console.export_text()
 
 
 @pytest.mark.parametrize(

@@ -115,18 +115,17 @@ def _compare(ends_b, ends_a, cfg_b, cfg_a, hidden_b, hidden_a, row) -> jax.Array
     chunks = -(-length // CHUNK)
     pad = chunks * CHUNK - length
     targets = jnp.pad(row[1:], (0, pad + 1), constant_values=-1).reshape(chunks, CHUNK)
-    real = jnp.pad(jnp.ones((length,), bool), (0, pad)).reshape(chunks, CHUNK)
 
-    def split(h):
+    def split(h):  # padded with zeros, whose logits are zero in both models: KL 0
         return jnp.pad(h[0], ((0, pad), (0, 0))).reshape(chunks, 1, CHUNK, h.shape[-1])
 
     def one(part):
-        h_b, h_a, target, is_real = part
+        h_b, h_a, target = part
         log_b = jax.nn.log_softmax(model.unembed(ends_b, cfg_b, h_b)[0])
         log_a = jax.nn.log_softmax(model.unembed(ends_a, cfg_a, h_a)[0])
-        kl = jnp.where(is_real, (jnp.exp(log_b) * (log_b - log_a)).sum(-1), 0.0).sum()
+        kl = (jnp.exp(log_b) * (log_b - log_a)).sum()
         at = jnp.maximum(target, 0)[:, None]
         nll = [-jnp.where(target >= 0, jnp.take_along_axis(log, at, -1)[:, 0], 0.0).sum() for log in (log_b, log_a)]
         return jnp.stack([kl, *nll])
 
-    return jax.lax.map(one, (split(hidden_b), split(hidden_a), targets, real)).sum(0)
+    return jax.lax.map(one, (split(hidden_b), split(hidden_a), targets)).sum(0)
