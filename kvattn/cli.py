@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import errno
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -103,6 +104,9 @@ def run(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        os._exit(141)
     except Exception as error:
         line = explain(error)
         if line is None:
@@ -134,6 +138,8 @@ def explain(error: BaseException) -> str | None:
         if isinstance(e, OSError) and e.errno in _DISK:
             where = f" ({e.filename})" if e.filename else ""
             return f"{_DISK[e.errno]}{where}; choose another place or free some, and run the same command again."
+        if "Unable to initialize backend" in str(e):
+            return f"JAX has no such platform here ({_one_line(str(e))[:160]}); unset JAX_PLATFORMS or name another."
         if "No space left on device" in str(e):
             return "no space left on the device; free some and run the same command again to resume."
         if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e) or "Out of memory" in str(e):

@@ -39,6 +39,9 @@ def main(cfg):
             raise RuntimeError("saving failed") from e
     if OUT.value == "stop":
         raise KeyboardInterrupt
+    if OUT.value == "pipe":
+        for _ in range(100_000):
+            print("a line that nobody reads")
     if OUT.value == "bug":
         raise ZeroDivisionError("ours")
     return 3 if OUT.value == "three" else None
@@ -105,6 +108,14 @@ def test_a_bug_keeps_its_traceback(folder):
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ZeroDivisionError: ours" in done.stderr
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(folder):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = f"{sys.executable} {folder / 'command.py'} --out=pipe | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=folder, env=env)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert done.stdout.startswith("got ")
 
 
 def test_bad_flag_is_one_line_from_a_real_process(folder):
@@ -233,6 +244,7 @@ def test_disk_errors_are_explained_through_wrappers(code):
 def test_memory_errors_are_explained_and_bugs_are_not():
     assert "out of memory" in cli.explain(MemoryError())
     assert "out of memory" in cli.explain(RuntimeError("RESOURCE_EXHAUSTED: allocating 1TB"))
+    assert "JAX_PLATFORMS" in cli.explain(RuntimeError("Unable to initialize backend 'tpu': no"))
     assert "no space left" in cli.explain(RuntimeError("write: No space left on device [path]"))
     assert cli.explain(KeyError("k")) is None
     assert cli.explain(FileNotFoundError(errno.ENOENT, "no such file")) is None
