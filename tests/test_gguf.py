@@ -23,7 +23,7 @@ from kvattn.config import ModelConfig, RopeConfig
 from kvattn.errors import UserError
 from kvattn.formats import gguf, gguf_file
 from tests import gguf_builder as build
-from tests.tolerances import EXACT, close
+from tests.tolerances import EXACT, HF_TINY, close
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "smollm2_weights.json"
 KINDS = sorted(gguf_file.BLOCKS)
@@ -120,6 +120,26 @@ def test_every_parameter_comes_back(tmp_path, case):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     jax.tree_util.tree_map_with_path(lambda path, a, b: close(a, b, EXACT, jax.tree_util.keystr(path)), got, want)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(got))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("case", ["llama", "tied", "qwen2", "qwen3"])
+def test_logits_are_transformers_logits(tmp_path, case):
+    """Live: transformers reads the same small GGUF file and gives the same logits."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    architecture, cfg = MODELS[case]
+    dim = 128 if case == "qwen3" else 10  # transformers takes qwen3's default and ignores the key
+    cfg = dataclasses.replace(cfg, d_model=60, head_dim=dim, v_head_dim=dim, norm_eps=1e-3)
+    path = saved(tmp_path, cfg, architecture)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    tokens = np.random.default_rng(1).integers(0, cfg.vocab_size, (2, 17))
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(tokens)).logits.numpy()
+    got_cfg, params, _ = gguf.read(path)
+    got, _ = model.forward(params, got_cfg, model.Inputs(jnp.asarray(tokens, jnp.int32)))
+    scale = np.abs(want).max()
+    assert scale > 1
+    close(got.logits / scale, want / scale, HF_TINY, case)
 
 
 def test_quantised_tensors_and_bfloat16(tmp_path):
