@@ -142,7 +142,8 @@ class _Study:
     def _train(self, index: int, row: VariantConfig, cfg: Any, params: Any):
         """Trains the row on the shared batches; resumes from its own checkpoint."""
         steps, loaded = self.cfg.train.steps, self.subject.loaded
-        options = dataclasses.replace(self.cfg, name="", variants=(), steps=-1, convert=row.convert, study=StudyConfig())
+        shared = {"name": "", "variants": (), "steps": -1, "study": StudyConfig()}
+        options = dataclasses.replace(self.cfg, convert=row.convert, **shared)
         if loaded is None:
             options = dataclasses.replace(options, train=_no_teacher(options.train))
         taught = loaded is not None and train.wants_teacher(options)
