@@ -139,6 +139,8 @@ def test_layers_of_attention_modules_are_the_model():
     Flax user writes is the model, with packed segments, then with caches."""
     cfg = tiny.config(kv_source=(0, 0, 2, 2), kv_norm=True, masks=(tiny.SINKS, tiny.WINDOW))
     params = model.init(jax.random.key(5), cfg)
+    for l in cfg.owners:  # away from 1, where all norms are the same norm
+        params["layers"][l]["kv_norm"]["scale"] = jnp.linspace(0.2, 2.0, 28)
     attention = [door.Attention.from_params(cfg, l, params["layers"][l]["attn"]) for l in range(4)]
     tokens = tokens_of(cfg, 9)
 
