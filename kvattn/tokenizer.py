@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from etils import epath
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from kvattn.config import ModelConfig
@@ -117,10 +118,9 @@ class Tokenizer:
         for name, value in zip(_FILES[:3], (options, names, generation), strict=True):
             texts[name] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
         try:
-            os.makedirs(folder, exist_ok=True)
+            epath.Path(folder).mkdir(parents=True, exist_ok=True)
             for name, text in texts.items():
-                with open(os.path.join(folder, name), "w", encoding="utf-8") as handle:
-                    handle.write(text)
+                (epath.Path(folder) / name).write_bytes(text.encode())
         except OSError as error:
             raise UserError(f"{folder} cannot be written ({error.strerror}); choose another directory.") from None
 
@@ -180,17 +180,16 @@ def from_directory(folder: str | os.PathLike) -> Tokenizer:
     generation_config.json as well; ids in config.json count where those say nothing. Raises UserError for a
     missing or damaged tokenizer.json.
     """
-    folder = os.fspath(folder)
-    path = os.path.join(folder, "tokenizer.json")
+    folder = epath.Path(folder)
+    path = folder / "tokenizer.json"
     try:
-        with open(path, encoding="utf-8") as handle:
-            backend = _guarded(tokenizers.Tokenizer.from_str, handle.read(), path=path)
+        backend = _guarded(tokenizers.Tokenizer.from_str, path.read_bytes().decode(), path=path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"{path} cannot be read ({reason}); save the tokenizer in its fast form there.") from None
     backend.no_truncation()
     backend.no_padding()
-    options, names, generation, config = (_json(os.path.join(folder, name)) for name in _FILES)
+    options, names, generation, config = (_json(folder / name) for name in _FILES)
 
     def named(key: str) -> list[int]:
         for source in (options, names):
@@ -224,7 +223,7 @@ def from_directory(folder: str | os.PathLike) -> Tokenizer:
     return tokenizer
 
 
-def _check_specials(tokenizer: Tokenizer, source: str) -> None:
+def _check_specials(tokenizer: Tokenizer, source: Any) -> None:
     for name, ids in (("bos", (tokenizer.bos_id,)), ("eos", tokenizer.eos_ids)):
         bad = next((i for i in ids if i is not None and not 0 <= i < tokenizer.vocab_size), None)
         if bad is not None:
@@ -234,13 +233,12 @@ def _check_specials(tokenizer: Tokenizer, source: str) -> None:
             )
 
 
-def _json(path: str) -> dict[str, Any]:
+def _json(path: epath.Path) -> dict[str, Any]:
     """A JSON object, {} when there is no such file."""
-    if not os.path.isfile(path):
+    if not path.exists():
         return {}
     try:
-        with open(path, encoding="utf-8") as handle:
-            value = json.load(handle)
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -254,13 +252,12 @@ def _ids(value: Any) -> list[int]:
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
 
 
-def _template(folder: str, options: dict[str, Any]) -> str | None:
+def _template(folder: epath.Path, options: dict[str, Any]) -> str | None:
     """The chat template: chat_template.jinja, or the (default) one in tokenizer_config.json."""
-    path = os.path.join(folder, "chat_template.jinja")
-    if os.path.isfile(path):
+    path = folder / "chat_template.jinja"
+    if path.exists():
         try:
-            with open(path, encoding="utf-8") as handle:
-                return handle.read()
+            return path.read_bytes().decode()
         except (OSError, UnicodeDecodeError):
             raise UserError(f"{path} cannot be read as text; download the checkpoint again.") from None
     value = options.get("chat_template")
@@ -269,7 +266,7 @@ def _template(folder: str, options: dict[str, Any]) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _guarded(build: Callable, *args: Any, path: str) -> Any:
+def _guarded(build: Callable, *args: Any, path: Any) -> Any:
     """build(*args), where whatever the tokenizers library raises (even its panics) becomes one UserError."""
     try:
         return build(*args)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from kvattn import formats, model, spec
 from kvattn.config import ModelConfig, RopeConfig
 from kvattn.errors import UserError
-from kvattn.formats import gguf, gguf_file
+from kvattn.formats import gguf, gguf_file, huggingface
 from tests import gguf_builder as build
 from tests.tolerances import EXACT, HF_TINY, close
 
@@ -351,6 +351,16 @@ def test_paths(tmp_path):
     loaded = formats.load(saved(tmp_path), dtype="bfloat16")
     assert loaded.model == build.SMALL and loaded.source.endswith("model.gguf")
     assert loaded.params["embed"]["table"].dtype == jnp.bfloat16
+
+
+def test_directories(tmp_path):
+    cfg = dataclasses.replace(build.SMALL, head_dim=14)
+    huggingface.write(tmp_path / "hf", cfg, params_of(cfg))
+    loaded = formats.load(tmp_path / "hf")
+    assert loaded.model == cfg and loaded.source.endswith("hf") and loaded.tokenizer is None
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no kvattn checkpoint"):
+        formats.load(tmp_path / "empty")
 
 
 def test_smollm2_missing_says_how_to_install(monkeypatch):

