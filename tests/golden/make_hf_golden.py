@@ -65,15 +65,16 @@ CASES = {
         "Llama",
         "ForCausalLM",
         torch.bfloat16,
-        {"hidden_act": "gelu", "num_key_value_heads": 1, "rope_parameters": YARN},
+        {"hidden_act": "gelu", "num_key_value_heads": 1, "head_dim": 16, "rope_parameters": YARN},
     ),
     "llama_yarn_mscale": (
         "Llama",
         "ForCausalLM",
         torch.float16,
         {
+            "head_dim": 16,
             "rope_parameters": YARN
-            | {"mscale": 0.7, "mscale_all_dim": 0.4, "beta_fast": 3.0, "beta_slow": 0.5, "truncate": False}
+            | {"mscale": 0.7, "mscale_all_dim": 0.4, "beta_fast": 1.2, "beta_slow": 0.5, "truncate": False},
         },
     ),
     "llama_linear_sharded": (
