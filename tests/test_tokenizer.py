@@ -117,6 +117,11 @@ def test_sentencepiece_ids():
     assert bare.decode(bare.encode(" a")) == "<s> a" and bare.decode(bare.encode(" a"), skip_special=True) == " a"
 
 
+def test_sentencepiece_without_byte_tokens_says_unknown():
+    metadata = build.sentencepiece_keys(["<unk>", "<s>", "</s>", "▁", "a"], [0.0, 0.0, 0.0, -1.0, -2.0], [2, 3, 3, 1, 1])
+    assert tokenizer.from_gguf(parsed(metadata)).encode("aéa") == [1, 3, 4, 0, 4]
+
+
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @hypothesis.given(st.text(max_size=60))
 def test_byte_tokenizer(text):

@@ -152,8 +152,6 @@ class _Reader:
     def numbers(self, kind: int, count: int) -> np.ndarray:
         dtype = np.dtype(_SCALARS[kind])
         start = self.take(dtype.itemsize * count)
-        if kind == 7:  # a bool that is neither 0 nor 1 would be a trap for everything after
-            return np.frombuffer(self.data, np.uint8, count=count, offset=start) != 0
         return np.frombuffer(self.data, dtype, count=count, offset=start)
 
     def array(self, key: str) -> Any:
