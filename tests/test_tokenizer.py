@@ -118,7 +118,8 @@ def test_sentencepiece_ids():
 
 
 def test_sentencepiece_without_byte_tokens_says_unknown():
-    metadata = build.sentencepiece_keys(["<unk>", "<s>", "</s>", "▁", "a"], [0.0, 0.0, 0.0, -1.0, -2.0], [2, 3, 3, 1, 1])
+    scores = [0.0, 0.0, 0.0, -1.0, -2.0]
+    metadata = build.sentencepiece_keys(["<unk>", "<s>", "</s>", "▁", "a"], scores, [2, 3, 3, 1, 1])
     assert tokenizer.from_gguf(parsed(metadata)).encode("aéa") == [1, 3, 4, 0, 4]
 
 
