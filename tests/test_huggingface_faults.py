@@ -177,7 +177,7 @@ HEADERS = {
     "beyond the end": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"0000"),
     "backwards": ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}, b"0000"),
     "booleans": ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, b"0000"),
-    "overlap": ({k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "ab"}, b"0000"),
+    "overlap": ({k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "ab"}, b"00001111"),
     "left over": ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"00000"),
 }
 
