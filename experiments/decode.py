@@ -38,7 +38,7 @@ def main(cfg: Experiment) -> None:
         cfg.decode,
         cfg.cache,
         eos_ids=tokenizer.eos_ids,
-        on_token=None if JSON.value else lambda row, token: print(say(token), end="", flush=True),
+        on_token=lambda row, token: None if JSON.value else print(say(token), end="", flush=True),
     )
     speed = {
         "prompt_tokens": len(ids),

@@ -1,319 +1,360 @@
-"""The study: every variant of one checkpoint (or several small models from scratch), measured the same way.
+"""The study: what each attention variant costs in quality and saves in cache bytes and decode time.
 
-    before   convert, then perplexity through the variant's own cache, and KL to the unconverted model
-    after    (up)train `train.steps` steps on the same batches as every other row, then perplexity again
-    decode   continue a held-out prompt: tokens per second, cache bytes, the text
+    reference   the checkpoint as it is: per-token loss on held-out text, through the real cache
+    before      each row converted: loss, KL to the unconverted model, decoding speed, a sample
+    after       each row uptrained `train.steps` steps (distilled from the unconverted model where
+                train.distill says so), then measured again; rows from scratch are trained and measured
 
-Each finished phase of a row is one line of `results.jsonl`; a run that finds the line skips the phase, so
-the same command resumes after a kill, and more rows or other step counts extend a study. Per-token losses
-are kept in `nll/`, so that differences between rows have paired standard errors.
+Every `before` comes first, so all rows show up early. A finished phase is one line of results.jsonl and, with
+it, a fresh report.md and pareto.png; a killed study goes on after its last line, and inside a training after
+its last checkpoint. Per-token losses are kept in nll/, so differences between rows are paired: same tokens.
 """
 
-import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
+import platform
 import shutil
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
-import rich.progress
 
-from kvattn import account, convert, data, decode, evaluate, formats, model, spec, study_report, train
-from kvattn.config import Experiment, StudyConfig, VariantConfig, validate
-from kvattn.convert import report as conversion
+from kvattn import account, convert, data, decode, evaluate, formats, study_report, train
+from kvattn.config import CacheConfig, DecodeConfig, Experiment, StudyConfig, VariantConfig
+from kvattn.convert import report as measure
 from kvattn.errors import UserError
-from kvattn.legality import check_model_cache
 from kvattn.losses import Teacher
-from kvattn.metrics import read_jsonl
+from sharding.hardware import measure_cpu, of_device
 
-KL_TOKENS = 512  # held-out tokens behind the KL of a conversion
-# Fields that may differ between two runs in one workdir: they change how much is done, not what a line means.
-FREE = ("name", "workdir", "steps", "variants", "convert", "train.steps", "train.log_every", "train.keep",
-        "train.checkpoint_every", "study.keep_models", "study.rows")  # fmt: skip
-
-
-@dataclasses.dataclass
-class _Subject:
-    """What rows are made from and measured on: the checkpoint (None from scratch), its tokenizer, the text."""
-
-    loaded: Any
-    tokenizer: Any
-    ids: np.ndarray
-    reference: Any = None  # hidden states of the unconverted model on the KL text, computed once
+PROMPT_TOKENS = 48  # of the held-out text, continued by every row
+KL_TOKENS = 256  # of the held-out text, behind each KL
+# Fields that change no figure: a study may go on with other values, or with rows added.
+_FREE = (
+    "workdir", "name", "variants", "steps", "study.rows", "train.log_every", "train.checkpoint_every", "train.keep",
+)  # fmt: skip
 
 
 def run(cfg: Experiment) -> list[dict[str, Any]]:
-    """Runs or resumes the study in `cfg.workdir`; returns one merged record per row, in the rows' order.
+    """Runs or resumes the study in `cfg.workdir`; returns the records of results.jsonl.
 
-    Leaves results.jsonl, report.md, pareto.png and nll/*.npy there. Raises UserError: no rows, no workdir, a
-    workdir of another study (naming the field), and what loading, converting, training and decoding raise.
+    Raises UserError: no rows or workdir, a row with neither checkpoint nor model, a workdir of another
+    config (naming the field), and whatever loading, converting, training or evaluating raises. A signal
+    during training ends in KeyboardInterrupt with everything finished on disk.
     """
+    _check(cfg)
+    journal, show = Journal(cfg), Show()
+    todo = [(phase, row) for phase, row in _phases(cfg) if not journal.has(phase, row)]
+    if todo:
+        lab = _Lab(cfg, journal, show)
+        for phase, row in todo:
+            began = time.perf_counter()
+            record = {"reference": lab.reference, "before": lab.before, "after": lab.after}[phase](row)
+            record |= {"seconds": round(time.perf_counter() - began, 1), "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+            journal.add(phase, row, record)
+            show.done(phase, row, record)
+            study_report.write(cfg, journal.records, journal.workdir)
+    for _, row in _phases(cfg):
+        if row is not None:
+            shutil.rmtree(_row_dir(cfg, row) / "checkpoints", ignore_errors=True)
+    table = study_report.write(cfg, journal.records, journal.workdir)
+    show.finish(table, journal)
+    return journal.records
+
+
+def _check(cfg: Experiment) -> None:
     if not cfg.study.rows:
-        raise UserError("config.study.rows is (); give at least one row, for example configs/study_smollm2.py.")
+        raise UserError("config.study.rows is (); a study needs rows, for example configs/study_smollm2.py.")
     if not cfg.workdir:
-        raise UserError("config.workdir is empty; name a folder for the results.")
-    return _Study(cfg).run()
+        raise UserError("config.workdir is empty; name the folder for results.jsonl, report.md and pareto.png.")
+    for row in cfg.study.rows:
+        if row.model is None and not cfg.checkpoint.path:
+            raise UserError(
+                f"study row {row.name!r} has no model and config.checkpoint.path is empty; set one of them."
+            )
+        if row.model is not None and cfg.checkpoint.path:
+            raise UserError(
+                f"study row {row.name!r} has its own model beside config.checkpoint.path={cfg.checkpoint.path!r}; "
+                "rows are either converted or from scratch, so empty the path or drop the model."
+            )
 
 
-class _Study:
+def _phases(cfg: Experiment) -> list[tuple[str, VariantConfig | None]]:
+    rows, scratch = cfg.study.rows, not cfg.checkpoint.path
+    out: list[tuple[str, VariantConfig | None]] = [] if scratch else [("reference", None)]
+    out += [] if scratch else [("before", row) for row in rows]
+    return out + ([("after", row) for row in rows] if cfg.train.steps or scratch else [])
+
+
+def _row_dir(cfg: Experiment, row: VariantConfig) -> pathlib.Path:
+    return pathlib.Path(cfg.workdir) / "rows" / row.name
+
+
+# --- the journal ---------------------------------------------------------------------------------------
+
+
+class Journal:
+    """results.jsonl: a first line with the shared config, then one line per finished phase of a row."""
+
     def __init__(self, cfg: Experiment):
-        self.cfg, self.dir = cfg, pathlib.Path(cfg.workdir)
-        self.console = rich.console.Console()
-        self.began = time.perf_counter()
-        (self.dir / "nll").mkdir(parents=True, exist_ok=True)
-        _check_same_study(self.dir / "study.json", cfg)
-        self.lines = read_jsonl(self.dir / "results.jsonl")
-        self.subject = self._subject()
-        for row in cfg.study.rows:  # every mistake in a row shows before the first minute is spent
-            check_model_cache(self._planned(row), row.cache)
+        self.workdir, self.cfg = pathlib.Path(cfg.workdir), cfg
+        self.path = self.workdir / "results.jsonl"
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        (self.workdir / "nll").mkdir(exist_ok=True)
+        self.records = self._read()
+        shared = _plain({k: v for k, v in flatten(dataclasses.asdict(cfg)).items() if not k.startswith(_FREE)})
+        if self.records:
+            self._check_same(shared)
+        else:
+            self._write({"phase": "setup", "config": shared, **machine()})
 
-    def run(self) -> list[dict[str, Any]]:
-        rows = self.cfg.study.rows
-        self._say(f"study of {len(rows)} variants in {self.dir}: {', '.join(row.name for row in rows)}")
-        for index, row in enumerate(rows):
-            if row.model is None:
-                self._phase(index, row, "before", self._before)
-        for index, row in enumerate(rows):
-            self._rest(index, row)
-        records = [self._merged(row) for row in rows]
-        study_report.write(self.dir, self.cfg, records)
-        self.console.print(study_report.table(records))
-        self._say(f"report: {self.dir / 'report.md'}, picture: {self.dir / 'pareto.png'}")
-        return records
+    def has(self, phase: str, row: VariantConfig | None) -> bool:
+        return self.find(phase, row) is not None
 
-    # --- phases
+    def find(self, phase: str, row: VariantConfig | None) -> dict[str, Any] | None:
+        name = row.name if row else ""
+        return next((r for r in self.records if r["phase"] == phase and r.get("row", "") == name), None)
 
-    def _rest(self, index: int, row: VariantConfig) -> None:
-        """Training, the second evaluation and decoding share the trained weights, so they run together."""
-        wanted = ("after", "decode") if self.cfg.train.steps else ("decode",)
-        if all(self._done(row.name, phase) for phase in wanted):
-            return
-        cfg, params = self._built(row)
-        if self.cfg.train.steps:
-            cfg, params, trained = self._train(index, row, cfg, params)
-            self._phase(index, row, "after", lambda row: {**self._quality(row, cfg, params, "after"), **trained})
-        self._phase(index, row, "decode", lambda row: self._decode(row, cfg, params))
-        study_report.write(self.dir, self.cfg, [self._merged(r) for r in self.cfg.study.rows])
-        if not self.cfg.study.keep_models:
-            shutil.rmtree(self._training_dir(row), ignore_errors=True)
+    def add(self, phase: str, row: VariantConfig | None, record: dict[str, Any]) -> None:
+        about = {"row": row.name, "config": _plain(flatten(dataclasses.asdict(row)))} if row else {}
+        self._write({"phase": phase, **about, **record})
 
-    def _phase(self, index: int, row: VariantConfig, phase: str, work) -> None:
-        if self._done(row.name, phase):
-            return
-        start = time.perf_counter()
-        found = work(row)
-        line = {"row": row.name, "phase": phase, "steps": self._steps(phase), **found}
-        line["seconds"] = round(time.perf_counter() - start, 2)
-        self.lines.append(line)
-        _append(self.dir / "results.jsonl", line)
-        self._say(f"[{index + 1}/{len(self.cfg.study.rows)}] {study_report.summary(line)}")
+    def nll_path(self, phase: str, row: VariantConfig | None) -> pathlib.Path:
+        return self.workdir / "nll" / f"{row.name + '.' if row else ''}{phase}.npy"
 
-    def _before(self, row: VariantConfig) -> dict[str, Any]:
-        cfg, params = self._built(row)
-        found = self._quality(row, cfg, params, "before")
-        loaded = self.subject.loaded
-        ids = jnp.asarray(self.subject.ids[:KL_TOKENS][None], jnp.int32)
-        if self.subject.reference is None:
-            self.subject.reference = conversion.reference(loaded, ids)
-        after = convert.Converted(cfg, params, False, "")
-        kl = conversion.measure(loaded, after, ids, cache=row.cache, before_hidden=self.subject.reference).kl
-        return {**found, "kl": kl, **self._sizes(row, cfg)}
+    def _write(self, record: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.records.append(record)
 
-    def _quality(self, row: VariantConfig, cfg: Any, params: Any, phase: str) -> dict[str, Any]:
-        """Perplexity through the row's cache; the per-token losses go to nll/."""
-        options = self.cfg.eval
-        with self._bar(f"{row.name}: perplexity {phase}") as update:
-            nll = evaluate.token_nll(
-                params, cfg, self.subject.ids, context=options.context, stride=options.stride, cache_cfg=row.cache,
-                progress=update,
-            )  # fmt: skip
-        _write_array(self._nll_file(row.name, phase), nll)
-        scored = nll[~np.isnan(nll)]
-        mean, stderr = float(scored.mean()), float(scored.std(ddof=1) / math.sqrt(len(scored)))
-        return {"nll": mean, "stderr": stderr, "ppl": math.exp(min(mean, 700.0)), "tokens": len(scored)}
+    def _read(self) -> list[dict[str, Any]]:
+        """The finished lines; a last line cut short by a kill is taken off the file."""
+        if not self.path.exists():
+            return []
+        whole = self.path.read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if len(kept) < len(whole):
+            os.truncate(self.path, len(kept))
+        try:
+            return [json.loads(line) for line in kept.decode().splitlines()]
+        except ValueError:
+            raise UserError(f"{self.path} is not a study's results; use another config.workdir.") from None
 
-    def _train(self, index: int, row: VariantConfig, cfg: Any, params: Any):
-        """Trains the row on the shared batches; resumes from its own checkpoint."""
-        steps, loaded = self.cfg.train.steps, self.subject.loaded
-        shared = {"name": "", "variants": (), "steps": -1, "study": StudyConfig()}
-        options = dataclasses.replace(self.cfg, convert=row.convert, **shared)
-        if loaded is None:
-            options = dataclasses.replace(options, train=_no_teacher(options.train))
-        taught = loaded is not None and train.wants_teacher(options)
-        teacher = Teacher(loaded.model, loaded.params) if taught else None
-        with self._bar(f"{row.name}: training") as update:
-            result = train.fit(
-                options, params=params, model=cfg, teacher=teacher, tokenizer=self.subject.tokenizer,
-                workdir=str(self._training_dir(row)), verbose=False,
-                on_step=lambda step, record: update(step, steps),
-            )  # fmt: skip
-        if result.stopped:
-            self._say(f"stopped by a signal in {row.name} after step {result.step}; the same command resumes")
-            raise KeyboardInterrupt
-        rate = result.tokens_per_second
-        return result.model, result.params, {
-            "train_loss": [round(x, 5) for x in result.losses],
-            "train_tokens": steps * self.cfg.data.batch_size * self.cfg.data.seq_len,
-            "train_tokens_per_second": None if math.isnan(rate) else rate,
-            **({} if row.model is None else self._sizes(row, cfg)),
-        }  # fmt: skip
-
-    def _decode(self, row: VariantConfig, cfg: Any, params: Any) -> dict[str, Any]:
-        options = self.cfg.study
-        prompt = [int(i) for i in self.subject.ids[: options.prompt_tokens]]
-        settings = dataclasses.replace(self.cfg.decode, max_new_tokens=options.decode_tokens)
-        with self._bar(f"{row.name}: decoding") as update:
-            update(0, 1)
-            made = decode.generate(params, cfg, [prompt] * options.decode_batch, settings, row.cache)
-        return {
-            "decode_tokens_per_second": made.tokens_per_second,
-            "prefill_seconds": made.prefill_seconds,
-            "cache_bytes": made.cache_bytes,
-            "text": self.subject.tokenizer.decode(made.tokens[0]),
-        }
-
-    def _sizes(self, row: VariantConfig, cfg: Any) -> dict[str, Any]:
-        context, batch = study_report.ROOFLINE_CONTEXT, study_report.ROOFLINE_BATCH
-        bf16 = dataclasses.replace(row.cache, dtype="bfloat16")
-        seconds = account.roofline_decode_seconds(cfg, bf16, batch, context, study_report.ROOFLINE_CHIP)
-        return {
-            "params": account.param_count(cfg),
-            "bytes_per_token": account.kv_bytes_per_token(cfg, row.cache),
-            "bytes_at_context": account.cache_bytes(cfg, row.cache, 1, context),
-            "roofline_seconds": seconds,
-        }
-
-    # --- what rows are made of
-
-    def _subject(self) -> _Subject:
-        loaded = None
-        if self.cfg.checkpoint.path:
-            self._say(f"loading {self.cfg.checkpoint.path}")
-            loaded = formats.load(self.cfg.checkpoint.path, self.cfg.checkpoint.dtype)
-        elif any(row.model is None for row in self.cfg.study.rows):
-            raise UserError("config.checkpoint.path is empty but study.rows has rows without a model; name the "
-                            "checkpoint they are converted from.")
-        tokenizer = data.tokenizer_for(self.cfg.data, loaded.tokenizer if loaded else None)
-        ids = np.asarray(tokenizer.encode(evaluate.evaluation_text(self.cfg)), np.int32)
-        if self.cfg.eval.max_tokens:
-            ids = ids[: self.cfg.eval.max_tokens]
-        return _Subject(loaded, tokenizer, ids)
-
-    def _planned(self, row: VariantConfig) -> Any:
-        if row.model is not None:
-            return row.model
-        return convert.plan(self.subject.loaded.model, row.convert)
-
-    def _built(self, row: VariantConfig) -> tuple[Any, Any]:
-        """(config, parameters) of a row before training."""
-        key = jax.random.key(self.cfg.seed)
-        if row.model is not None:
-            validate(row.model)
-            return row.model, spec.init(key, model.param_specs(row.model))
-        loaded = self.subject.loaded
-        made = convert.convert_all(loaded.params, loaded.model, row.convert, rng=key)
-        return made.model, made.params
-
-    # --- bookkeeping
-
-    def _steps(self, phase: str) -> int:
-        return 0 if phase == "before" else self.cfg.train.steps
-
-    def _find(self, name: str, phase: str) -> dict[str, Any] | None:
-        steps = self._steps(phase)
-        found = [x for x in self.lines if (x["row"], x["phase"], x["steps"]) == (name, phase, steps)]
-        return found[-1] if found else None
-
-    def _done(self, name: str, phase: str) -> bool:
-        return self._find(name, phase) is not None
-
-    def _merged(self, row: VariantConfig) -> dict[str, Any]:
-        """One record per row: name, before, after, decode, and differences to the first row, paired by token."""
-        phases = {phase: self._find(row.name, phase) for phase in ("before", "after", "decode")}
-        first = self.cfg.study.rows[0].name
-        for phase in ("before", "after"):
-            mine, base = self._nll_file(row.name, phase), self._nll_file(first, phase)
-            if phases[phase] and mine.exists() and base.exists():
-                gap = np.load(mine) - np.load(base)
-                gap = gap[~np.isnan(gap)]
-                error = float(gap.std(ddof=1) / math.sqrt(len(gap)))
-                phases[phase] = {**phases[phase], "gap": float(gap.mean()), "gap_stderr": error}
-        return {"row": row.name, **phases}
-
-    def _nll_file(self, name: str, phase: str) -> pathlib.Path:
-        return self.dir / "nll" / f"{name}-{phase}-{self._steps(phase)}.npy"
-
-    def _training_dir(self, row: VariantConfig) -> pathlib.Path:
-        return self.dir / "rows" / f"{row.name}-{self.cfg.train.steps}"
-
-    def _say(self, text: str) -> None:
-        minutes, seconds = divmod(int(time.perf_counter() - self.began), 60)
-        self.console.print(f"{minutes:02d}:{seconds:02d} {text}", highlight=False, markup=False, soft_wrap=True)
-
-    @contextlib.contextmanager
-    def _bar(self, what: str):
-        """A transient progress bar; yields update(done, total)."""
-        columns = ("{task.description}", rich.progress.BarColumn(), "{task.completed}/{task.total}",
-                   rich.progress.TimeElapsedColumn())  # fmt: skip
-        with rich.progress.Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+    def _check_same(self, shared: dict[str, Any]) -> None:
+        pairs = [("config.", self.records[0].get("config", {}), shared)]
+        rows = {row.name: _plain(flatten(dataclasses.asdict(row))) for row in self.cfg.study.rows}
+        pairs += [
+            (f"config.study.rows[{r['row']}].", r["config"], rows[r["row"]])
+            for r in self.records[1:]
+            if r.get("row") in rows
+        ]
+        for where, old, new in pairs:
+            for key in sorted(old.keys() | new.keys()):
+                if old.get(key) != new.get(key):
+                    raise UserError(
+                        f"{self.path} was made with {where}{key}={old.get(key)!r} and this run has {new.get(key)!r}; "
+                        "set it back, or start in another config.workdir."
+                    )
 
 
-def _no_teacher(options: Any) -> Any:
-    """Training options of a row from scratch: the language-model loss alone."""
-    return dataclasses.replace(options, distill=dataclasses.replace(options.distill, logit_kl=0.0, attention_mse=0.0))
-
-
-def _append(path: pathlib.Path, line: dict[str, Any]) -> None:
-    """One whole line on disk, or none."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_array(path: pathlib.Path, array: np.ndarray) -> None:
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, array)
-    os.replace(partial, path)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{'train': {'steps': 3}} -> {'train.steps': 3}; tuples of groups are indexed, plain tuples kept."""
+    if isinstance(tree, (list, tuple)) and any(isinstance(item, dict) for item in tree):
+        tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
         return {prefix: tree}
     out: dict[str, Any] = {}
-    for name, sub in tree.items():
-        out |= _flat(sub, f"{prefix}.{name}" if prefix else name)
+    for key, value in tree.items():
+        out |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
     return out
 
 
-def _check_same_study(path: pathlib.Path, cfg: Experiment) -> None:
-    """Refuses a workdir of another study, naming the first field that differs; remembers new rows.
+def _plain(flat: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(flat))
 
-    Raises UserError.
-    """
-    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    rows = {row["name"]: row for row in now["study"].pop("rows")}
-    fields = {k: v for k, v in _flat(now).items() if k not in FREE}
-    if path.exists():
-        old = json.loads(path.read_text())
-        for name in sorted(old["fields"].keys() | fields.keys()):
-            if old["fields"].get(name) != fields.get(name):
-                raise UserError(f"{path.parent} holds a study with config.{name}={old['fields'].get(name)!r} and this "
-                                f"one has {fields.get(name)!r}; use a new config.workdir or the old value.")
-        for name, row in rows.items():
-            if old["rows"].get(name, row) != row:
-                raise UserError(f"{path.parent} holds another row named {name!r}; rename the row or use a new "
-                                "config.workdir.")
-        rows = {**old["rows"], **rows}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"fields": fields, "rows": rows}, indent=1))
-    os.replace(partial, path)
+
+def machine() -> dict[str, Any]:
+    """Where and with what a study runs."""
+    device = jax.devices()[0]
+    name = _cpu_name() if device.platform == "cpu" else device.device_kind
+    versions = {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__}
+    return {"device": f"{jax.device_count()} x {name}", "cores": os.cpu_count(), "versions": versions}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "cpu"
+
+
+# --- the phases ----------------------------------------------------------------------------------------
+
+
+class _Lab:
+    """What the phases share: the checkpoint, the held-out tokens, the machine's roofline."""
+
+    def __init__(self, cfg: Experiment, journal: Journal, show: "Show"):
+        self.cfg, self.journal, self.show = cfg, journal, show
+        self.base, tokenizer = None, None
+        if cfg.checkpoint.path:
+            show.now("reading the checkpoint")
+            self.base = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
+            tokenizer = self.base.tokenizer
+        self.tokenizer = data.tokenizer_for(cfg.data, tokenizer)
+        ids = np.asarray(self.tokenizer.encode(evaluate.evaluation_text(cfg)), np.int32)
+        self.ids = ids[: cfg.eval.max_tokens] if cfg.eval.max_tokens else ids
+        self.chip = of_device(jax.devices()[0]) or measure_cpu()
+        self.hidden = None
+
+    def reference(self, _: None) -> dict[str, Any]:
+        return {"source": self.base.source, **self._quality("reference", None, self.base, CacheConfig())}
+
+    def before(self, row: VariantConfig) -> dict[str, Any]:
+        made = self._convert(row)
+        record = {"note": made.note, "exact": made.exact, **self._ledger(made.model, row)}
+        if not row.convert and row.cache == CacheConfig():
+            reference = self.journal.find("reference", None)
+            record |= {key: reference[key] for key in ("nll", "stderr", "ppl", "tokens")}
+            shutil.copy(self.journal.nll_path("reference", None), self.journal.nll_path("before", row))
+        else:
+            record |= self._quality("before", row, made, row.cache)
+        return record | {"kl": self._kl(row, made) if row.convert else 0.0} | self._decode(row, made)
+
+    def after(self, row: VariantConfig) -> dict[str, Any]:
+        fitted, made = self._train(row)
+        tokens = self.cfg.train.steps * self.cfg.data.batch_size * self.cfg.data.seq_len
+        record = {
+            "steps": fitted.step,
+            "train_tokens": tokens,
+            "train_loss": fitted.losses[-1] if fitted.losses else None,
+            "train_tokens_per_second": None if np.isnan(fitted.tokens_per_second) else fitted.tokens_per_second,
+            "peak_memory_bytes": fitted.peak_memory_bytes,
+        }
+        trained = dataclasses.replace(made, params=fitted.params)
+        del fitted, made
+        record |= self._ledger(trained.model, row) | self._quality("after", row, trained, row.cache)
+        if self.base is not None:
+            record["kl"] = self._kl(row, trained)
+        return record | self._decode(row, trained)
+
+    def _convert(self, row: VariantConfig) -> convert.Converted:
+        if row.model is not None:
+            return convert.Converted(row.model, None, True, "from scratch")
+        self.show.now(f"{row.name}: converting")
+        rng = jax.random.fold_in(jax.random.key(self.cfg.seed), 1)
+        return convert.convert_all(self.base.params, self.base.model, row.convert, rng=rng)
+
+    def _train(self, row: VariantConfig) -> tuple[train.FitResult, convert.Converted]:
+        made, steps = self._convert(row), self.cfg.train.steps
+        cfg = dataclasses.replace(
+            self.cfg, name=f"{self.cfg.name}/{row.name}", workdir=str(_row_dir(self.cfg, row)), convert=row.convert,
+            cache=row.cache, model=row.model or self.cfg.model, study=StudyConfig(), variants=(), steps=-1,
+        )  # fmt: skip
+        execution = {} if row.model else {name: getattr(cfg.model, name) for name in ("kernel", "remat")}
+        self.show.now(f"{row.name}: compiling the training step")
+
+        def on_step(step: int, values: dict[str, float]) -> None:
+            loud = step % self.cfg.train.log_every == 0 or step == steps
+            self.show.now(f"{row.name}: training, step {step}/{steps}, loss {values['loss']:.3f}", loud)
+
+        fitted = train.fit(
+            cfg,
+            params=made.params,
+            model=dataclasses.replace(made.model, **execution),
+            teacher=Teacher(self.base.model, self.base.params) if train.wants_teacher(cfg) and self.base else None,
+            tokenizer=self.tokenizer,
+            workdir=cfg.workdir,
+            verbose=False,
+            on_step=on_step,
+        )
+        if fitted.stopped:
+            self.show.say(f"stopped in {row.name} after step {fitted.step}/{steps}; the same command resumes there")
+            raise KeyboardInterrupt
+        return fitted, dataclasses.replace(made, params=None)
+
+    def _quality(self, phase: str, row: VariantConfig | None, made: Any, store: CacheConfig) -> dict[str, Any]:
+        """Loss of the held-out tokens, each scored once, through a cache as `store` says."""
+        name = row.name if row else "unconverted"
+        e = self.cfg.eval
+        self.show.now(f"{name}: evaluating")
+        nll = evaluate.token_nll(
+            made.params, made.model, self.ids, context=e.context, stride=e.stride, cache_cfg=store,
+            progress=lambda done, total: self.show.now(f"{name}: evaluating, window {done}/{total}"),
+        )  # fmt: skip
+        np.save(self.journal.nll_path(phase, row), nll)
+        return study_report.summary(nll)
+
+    def _kl(self, row: VariantConfig, made: Any) -> float:
+        self.show.now(f"{row.name}: KL to the unconverted model")
+        tokens = jax.numpy.asarray(self.ids[None, :KL_TOKENS])
+        if self.hidden is None:
+            self.hidden = measure.reference(self.base, tokens)
+        return measure.measure(self.base, made, tokens, cache=row.cache, before_hidden=self.hidden).kl
+
+    def _ledger(self, model: Any, row: VariantConfig) -> dict[str, Any]:
+        context, study = self.cfg.eval.context, self.cfg.study
+        seen = PROMPT_TOKENS + study.decode_tokens
+        roof = account.roofline_decode(model, row.cache, study.decode_batch, seen, self.chip, weight_bytes_per_param=4)
+        return {
+            "params": account.param_count(model),
+            "kv_bytes_per_token": account.kv_bytes_per_token(model, row.cache),
+            "kv_bytes_per_token_at_context": account.kv_bytes_per_token(model, row.cache, context),
+            "context": context,
+            "roofline_tokens_per_second": study.decode_batch / roof.seconds,
+        }
+
+    def _decode(self, row: VariantConfig, made: Any) -> dict[str, Any]:
+        """Speed of greedy decoding, and what was written after the first held-out tokens."""
+        self.show.now(f"{row.name}: decoding")
+        study, prompt = self.cfg.study, self.ids[:PROMPT_TOKENS].tolist()
+        fields = DecodeConfig(max_new_tokens=study.decode_tokens, prefill_chunk=self.cfg.decode.prefill_chunk)
+        prompts = [prompt] * study.decode_batch
+        # Handing tokens over step by step times prefill and decoding apart, not by difference.
+        out = decode.generate(made.params, made.model, prompts, fields, row.cache, on_token=lambda row, token: None)
+        return {
+            "tokens_per_second": round(out.tokens_per_second, 2),
+            "prefill_seconds": round(out.prefill_seconds, 4),
+            "cache_bytes": out.cache_bytes,
+            "prompt": self.tokenizer.decode(prompt),
+            "text": self.tokenizer.decode(out.tokens[0]),
+        }
+
+
+# --- live progress -------------------------------------------------------------------------------------
+
+
+class Show:
+    """A spinner with what runs now on a terminal; elsewhere a line now and then. Finished phases always print."""
+
+    def __init__(self):
+        self.console = rich.console.Console(highlight=False)
+        self.began = time.perf_counter()
+        self.status = self.console.status("starting")
+        self.status.start()
+
+    def now(self, text: str, loud: bool = False) -> None:
+        self.status.update(text)
+        if loud and not self.console.is_terminal:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        seconds = int(time.perf_counter() - self.began)
+        self.console.print(f"[{seconds // 60:3d}:{seconds % 60:02d}] {text}", markup=False, soft_wrap=True)
+
+    def done(self, phase: str, row: VariantConfig | None, record: dict[str, Any]) -> None:
+        self.say(study_report.line(phase, row.name if row else "unconverted", record))
+
+    def finish(self, table: Any, journal: Journal) -> None:
+        self.status.stop()
+        self.console.print(table)
+        seconds = sum(record.get("seconds", 0) for record in journal.records)
+        self.console.print(
+            f"{seconds / 60:.1f} minutes in all; {journal.workdir}/report.md, pareto.png, results.jsonl", soft_wrap=True
+        )

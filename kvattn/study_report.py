@@ -1,197 +1,212 @@
-"""What a study leaves for a reader: the table, report.md and pareto.png."""
+"""What a study leaves for people: the table, report.md and pareto.png, made from its records alone."""
 
-import os
+import math
 import pathlib
 from typing import Any
 
+import numpy as np
 import rich.table
 
 from kvattn.config import Experiment
+from kvattn.study_plot import draw, number
 
-# The decode roofline of the report: one v5e chip, bf16 weights and cache, 16 sequences of 8192 tokens.
-ROOFLINE_CHIP, ROOFLINE_BATCH, ROOFLINE_CONTEXT = "v5e", 16, 8192
-
-HEADINGS = (
-    "variant", "KV bytes/token", "cache", "params", "ppl before", "KL before", "ppl after", "nll vs first",
-    "decode tok/s", "v5e ms/step",
+COLUMNS = (
+    "variant", "KV B/token", "of base", "ppl before", "ppl after", "loss vs base", "KL before", "KL after",
+    "tokens/s", "of roofline", "params",
 )  # fmt: skip
 
 
-def summary(line: dict[str, Any]) -> str:
-    """One finished phase as one line for the terminal."""
-    text = f"{line['row']} {line['phase']}: "
-    if line["phase"] == "decode":
-        text += f"{line['decode_tokens_per_second']:.1f} tokens/s, cache {line['cache_bytes'] / 1e6:.2f} MB"
-    else:
-        text += f"perplexity {line['ppl']:.3f} (nll {line['nll']:.4f} +- {line['stderr']:.4f}, {line['tokens']} tokens)"
-    if "kl" in line:
-        text += f", KL {line['kl']:.3f} nats"
-    if "bytes_per_token" in line:
-        text += f", {line['bytes_per_token']} KV bytes/token"
-    if line.get("train_tokens_per_second"):
-        text += f", trained at {line['train_tokens_per_second']:.0f} tokens/s"
-    return f"{text} ({line['seconds']:.0f} s)"
+def summary(nll: np.ndarray) -> dict[str, Any]:
+    """Mean, standard error, perplexity and count of per-token losses (NaN = not scored)."""
+    seen = nll[~np.isnan(nll)]
+    mean = float(seen.mean())
+    stderr = float(seen.std(ddof=1) / math.sqrt(len(seen))) if len(seen) > 1 else 0.0
+    return {"nll": mean, "stderr": stderr, "ppl": math.exp(min(mean, 700.0)), "tokens": len(seen)}
 
 
-def _sizes(record: dict[str, Any]) -> dict[str, Any]:
-    for phase in ("before", "after"):
-        if record[phase] and "bytes_per_token" in record[phase]:
-            return record[phase]
-    return {}
+def line(phase: str, name: str, record: dict[str, Any]) -> str:
+    """A finished phase in one line of the console."""
+    out = f"{name:<16} {phase:<9} ppl {number(record['ppl']):>8}"
+    if "kv_bytes_per_token_at_context" in record:
+        out += f"  {record['kv_bytes_per_token_at_context']:>7.0f} KV B/token"
+    if "kl" in record:
+        out += f"  KL {record['kl']:6.3f}"
+    if "tokens_per_second" in record:
+        out += f"  {record['tokens_per_second']:6.1f} tokens/s"
+    return out + f"  ({record['seconds']:.0f} s)"
 
 
-def cells(record: dict[str, Any], first: dict[str, Any]) -> list[str]:
-    """The row of the table; an em dash for what has not been run."""
-    sizes, base = _sizes(record), _sizes(first)
-    before, after, made = record["before"], record["after"], record["decode"]
-    out = [record["row"]]
-    if sizes:
-        share = sizes["bytes_at_context"] / base["bytes_at_context"] if base else float("nan")
-        out += [f"{sizes['bytes_per_token']:g}", f"{share:.3f}x", f"{sizes['params'] / 1e6:.1f} M"]
-    else:
-        out += ["—"] * 3
-    out.append(f"{before['ppl']:.2f}" if before else "—")
-    out.append(f"{before['kl']:.3f}" if before else "—")
-    out.append(f"{after['ppl']:.2f}" if after else "—")
-    last = after or before
-    out.append(f"{last['gap']:+.3f} ± {last['gap_stderr']:.3f}" if last and "gap" in last else "—")
-    out.append(f"{made['decode_tokens_per_second']:.1f}" if made else "—")
-    out.append(f"{sizes['roofline_seconds'] * 1e3:.3f}" if sizes else "—")
-    return out
+# --- from records to rows ------------------------------------------------------------------------------
 
 
-def table(records: list[dict[str, Any]]) -> rich.table.Table:
-    """The table for the terminal."""
-    out = rich.table.Table(title="quality, bytes, time")
-    for i, heading in enumerate(HEADINGS):
-        out.add_column(heading, justify="right" if i else "left")
-    for record in records:
-        out.add_row(*cells(record, records[0]))
-    return out
+def rows_of(cfg: Experiment, records: list[dict[str, Any]], workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """One dict a row of the study, in its order: its phases, and `delta`: (mean, standard error) of its loss
+    minus the yardstick's on the same tokens. Yardstick: the first unconverted row after the same training,
+    else the reference; from scratch the first row. Rows not begun are left out."""
+    found = {(r["phase"], r.get("row", "")): r for r in records}
+    rows = []
+    for row in cfg.study.rows:
+        phases = {p: found[p, row.name] for p in ("before", "after") if (p, row.name) in found}
+        if phases:
+            rows.append({"name": row.name, "plain": not row.convert and row.model is None, **phases})
+    control = next((r["name"] for r in rows if r["plain"] or not cfg.checkpoint.path), None)
+    for entry in rows:
+        last = "after" if "after" in entry else "before"
+        ours = _load(workdir, f"{entry['name']}.{last}")
+        theirs = _load(workdir, f"{control}.{last}") if control else None
+        if theirs is None and last == "before":
+            theirs = _load(workdir, "reference")
+        entry["last"] = entry[last]
+        entry["delta"] = paired(ours, theirs) if entry["name"] != control else None
+    return rows
 
 
-def write(folder: pathlib.Path, cfg: Experiment, records: list[dict[str, Any]]) -> None:
-    """report.md and, once two rows have a quality, pareto.png; each replaced as a whole."""
-    _replace(folder / "report.md", _markdown(cfg, records).encode())
-    if sum(bool(_sizes(r)) for r in records) >= 2:
-        picture(folder / "pareto.png", records, cfg.train.steps)
+def _load(workdir: pathlib.Path, name: str) -> np.ndarray | None:
+    path = workdir / "nll" / f"{name}.npy"
+    return np.load(path) if path.exists() else None
 
 
-def _markdown(cfg: Experiment, records: list[dict[str, Any]]) -> str:
-    source = cfg.checkpoint.path or "small models from scratch"
-    lines = [
-        f"# {cfg.name}: what each attention variant costs and saves",
-        "",
-        f"Source: {source}. Quality: perplexity of {_tokens(records)} held-out tokens through each variant's own "
-        f"cache, windows of {cfg.eval.context} tokens, stride {cfg.eval.stride}. Training: {cfg.train.steps} steps of "
-        f"{cfg.data.batch_size} x {cfg.data.seq_len} tokens, the same batches for every row.",
-        "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + "|".join("---" if i == 0 else "---:" for i in range(len(HEADINGS))) + "|",
+def paired(ours: np.ndarray | None, theirs: np.ndarray | None) -> tuple[float, float] | None:
+    """Mean and standard error of the per-token difference of two losses on the same tokens."""
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return None
+    got = summary(ours - theirs)
+    return got["nll"], got["stderr"]
+
+
+def cells(entry: dict[str, Any], widest: float) -> list[str]:
+    """The table's cells of one row."""
+    last, before, after = entry["last"], entry.get("before", {}), entry.get("after", {})
+    size = last["kv_bytes_per_token_at_context"]
+    delta = entry["delta"]
+    return [
+        entry["name"],
+        f"{size:,.0f}",
+        f"{size / widest:.3f}",
+        number(before["ppl"]) if before else "-",
+        number(after["ppl"]) if after else "-",
+        f"{delta[0]:+.3f} ± {delta[1]:.3f}" if delta else "-",
+        f"{before['kl']:.3f}" if "kl" in before else "-",
+        f"{after['kl']:.3f}" if "kl" in after else "-",
+        f"{last['tokens_per_second']:.1f}",
+        f"{last['tokens_per_second'] / last['roofline_tokens_per_second']:.0%}",
+        f"{last['params'] / 1e6:.2f} M",
     ]
-    lines += ["| " + " | ".join(cells(record, records[0])) + " |" for record in records]
-    lines += [
-        "",
-        "- **KV bytes/token**: what one token leaves in the cache, all layers. **cache**: bytes held for "
-        f"{ROOFLINE_CONTEXT} tokens, relative to the first row (a ring stops growing).",
-        "- **ppl before / after**: after the conversion, and after the training steps. **KL before**: nats per token "
-        "from the unconverted model's predictions.",
-        "- **nll vs first**: mean loss difference to the first row in nats per token, paired by token, ± one standard "
-        "error.",
-        f"- **decode tok/s**: this machine, batch {cfg.study.decode_batch}, {cfg.study.decode_tokens} tokens after a "
-        f"prompt of {cfg.study.prompt_tokens}. **v5e ms/step**: roofline of one decode step on one v5e chip, "
-        f"bf16, batch {ROOFLINE_BATCH}, context {ROOFLINE_CONTEXT} (predicted, not run).",
-        "- Sharing across layers saves capacity, not traffic: every reader reads its owner's cache again.",
-        "",
-        "![quality against bytes](pareto.png)",
-        "",
-        "## Text",
-        "",
+
+
+def _body(rows: list[dict[str, Any]]) -> list[list[str]]:
+    widest = max((entry["last"]["kv_bytes_per_token_at_context"] for entry in rows), default=1)
+    return [cells(entry, widest) for entry in rows]
+
+
+# --- outputs -------------------------------------------------------------------------------------------
+
+
+def write(cfg: Experiment, records: list[dict[str, Any]], workdir: pathlib.Path) -> rich.table.Table:
+    """Writes report.md and pareto.png into `workdir`; returns the table for the console."""
+    rows = rows_of(cfg, records, workdir)
+    body = _body(rows)
+    if rows:
+        draw(cfg, rows, _reference(records), workdir / "pareto.png")
+    (workdir / "report.md").write_text(markdown(cfg, records, rows, body), encoding="utf-8")
+    table = rich.table.Table(title=cfg.name, title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def _reference(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return next((r for r in records if r["phase"] == "reference"), None)
+
+
+def markdown(cfg: Experiment, records: list[dict[str, Any]], rows: list[dict[str, Any]], body: list[list[str]]) -> str:
+    """report.md: what was done, the table, what its columns mean, what each row wrote."""
+    setup, reference = records[0], _reference(records)
+    done = sum("after" in row for row in rows)
+    minutes = sum(r.get("seconds", 0) for r in records) / 60
+    versions = ", ".join(f"{k} {v}" for k, v in setup["versions"].items())
+    head = [f"# {cfg.name}", "", _what(cfg, reference), ""]
+    head += ["| " + " | ".join(COLUMNS) + " |", "|" + "|".join([" :-- "] + [" --: "] * (len(COLUMNS) - 1)) + "|"]
+    head += ["| " + " | ".join(row) + " |" for row in body]
+    head += ["", "![quality against KV bytes per token](pareto.png)", "", "## What it means", ""]
+    head += [f"- {text}" for text in _meaning(cfg, rows, reference)]
+    head += ["", "## What each row is", ""]
+    for row in rows:
+        note = row.get("before", row["last"]).get("note", "trained from random weights")
+        exact = row.get("before", {}).get("exact")
+        state = {True: " Exact.", False: " Not exact.", None: ""}[exact]
+        head.append(f"- **{row['name']}**: {note}.{state}")
+    if rows:
+        head += ["", "## What each row writes", "", f"After `{_inline(rows[0]['last']['prompt'])}`, greedy:", ""]
+        for row in rows:
+            for phase in ("before", "after"):
+                if phase in row:
+                    head.append(f"- {row['name']}, {phase}: `{_inline(row[phase]['text'])}`")
+    head += ["", "## How it was made", "", "```", command(cfg), "```", ""]
+    head.append(f"{done} of {len(cfg.study.rows)} rows finished, {minutes:.1f} minutes, on {setup['device']} "
+                f"({setup['cores']} cores); {versions}. The same command resumes or repeats it.")  # fmt: skip
+    return "\n".join(head) + "\n"
+
+
+def _inline(text: str) -> str:
+    return " ".join(text.replace("`", "'").split())
+
+
+def _what(cfg: Experiment, reference: dict[str, Any] | None) -> str:
+    tokens = cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len
+    steps = f"{cfg.train.steps} steps of {cfg.data.batch_size} x {cfg.data.seq_len} tokens ({tokens:,} tokens)"
+    text = cfg.eval.text or f"held-out {cfg.data.source} text"
+    scored = f"on {text}, context {cfg.eval.context}, stride {cfg.eval.stride}, through the cache each row decodes with"
+    if reference is None:
+        return f"Every row is trained from random weights for {steps}, then measured {scored}."
+    d = cfg.train.distill
+    loss = f"{d.lm_weight:g} x next-token loss + {d.logit_kl:g} x KL + {d.attention_mse:g} x attention MSE"
+    return (
+        f"Each row is made from {reference['source']}, measured ({reference['tokens']:,} tokens {scored}), trained "
+        f"for {steps} with {loss} against the unconverted model, and measured again."
+    )
+
+
+def _meaning(cfg: Experiment, rows: list[dict[str, Any]], reference: dict[str, Any] | None) -> list[str]:
+    context = cfg.eval.context
+    plain = next((row["name"] for row in rows if row["plain"]), None)
+    versus = f"`{plain}` after the same training" if plain else "the unconverted model, untrained"
+    if reference is None:
+        versus = f"`{rows[0]['name']}`" if rows else "the first row"
+    out = [
+        f"KV B/token: bytes of K and V held at {context} tokens of context, divided by {context} (rings hold fewer "
+        "tokens than they have seen), equal to what is allocated.",
+        f"loss vs base: nats per token more than {versus}, last measurement, ± one standard error of the paired "
+        "per-token difference. It covers the choice of tokens of this text and treats them as independent; other "
+        "texts and training seeds are not in it.",
+        "tokens/s: greedy decoding, batch "
+        f"{cfg.study.decode_batch}, short context, one run on a machine that may be doing other things; 'of roofline' "
+        "divides by the rate at which memory could deliver weights and cache. At this size and context weights are "
+        "nearly all the traffic, so smaller caches hardly show here: they show in how many sequences fit.",
     ]
-    for record in records:
-        if record["decode"]:
-            lines += [f"**{record['row']}**: {_quoted(record['decode']['text'])}", ""]
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    return "`" + " ".join(text.replace("`", "'").split()) + "`"
-
-
-def _tokens(records: list[dict[str, Any]]) -> int:
-    counts = [r[p]["tokens"] for r in records for p in ("before", "after") if r[p]]
-    return max(counts, default=0)
-
-
-def picture(path: pathlib.Path, records: list[dict[str, Any]], steps: int) -> None:
-    """Perplexity against cache bytes, before (hollow) to after (filled), both axes logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.6), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xscale="log", yscale="log", xlabel=f"KV cache bytes per token at {ROOFLINE_CONTEXT} tokens",
-             ylabel="perplexity of held-out text (lower is better)")  # fmt: skip
-    points = []
-    for i, record in enumerate(records):
-        sizes = _sizes(record)
-        if not sizes:
-            continue
-        x, colour = sizes["bytes_at_context"] / ROOFLINE_CONTEXT, f"C{i % 10}"
-        before, after = record["before"], record["after"]
-        last = after or before
-        if before and after:
-            axes.annotate("", (x, after["ppl"]), (x, before["ppl"]),
-                          arrowprops={"arrowstyle": "->", "color": colour, "alpha": 0.5})  # fmt: skip
-        if before:
-            axes.plot(x, before["ppl"], "o", mfc="white", mec=colour, ms=7)
-        if after:
-            axes.plot(x, after["ppl"], "o", color=colour, ms=9)
-        points.append((x, last["ppl"], record["row"], colour))
-    front = _front(points)
-    axes.plot([p[0] for p in front], [p[1] for p in front], "--", color="0.6", lw=1, zorder=0, label="best so far")
-    axes.plot([], [], "o", mfc="white", mec="0.3", label="converted")
-    axes.plot([], [], "o", color="0.3", label=f"after {steps} training steps")
-    _label(axes, points)
-    ticks = sorted({p[0] for p in points})
-    axes.set_xticks(ticks, [f"{t:,.0f}" for t in ticks], rotation=30, ha="right")
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    axes.yaxis.set_major_locator(_log_ticks())
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=150)
-    os.replace(partial, path)
-
-
-def _log_ticks():
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12)
-
-
-def _front(points: list[tuple]) -> list[tuple]:
-    """Points that no other beats in both bytes and perplexity, by bytes."""
-    best, out = float("inf"), []
-    for point in sorted(points, key=lambda p: (p[0], p[1])):
-        if point[1] < best:
-            best = point[1]
-            out.append(point)
+    if reference is not None:
+        out.append(
+            f"The unconverted model scores perplexity {number(reference['ppl'])} (loss {reference['nll']:.3f} ± "
+            f"{reference['stderr']:.3f}); KL is to it, so a row that learns the text's style moves away from it too."
+        )
+    finished = [row for row in rows if "after" in row and "before" in row and not row["plain"]]
+    if finished:
+        gains = [row["before"]["nll"] - row["after"]["nll"] for row in finished]
+        best = max(range(len(gains)), key=gains.__getitem__)
+        out.append(
+            f"Training recovered between {min(gains):.2f} and {max(gains):.2f} nats per token, most for "
+            f"`{finished[best]['name']}`; these few steps show the beginning of recovery, not its end."
+        )
     return out
 
 
-def _label(axes: Any, points: list[tuple]) -> None:
-    """Names beside the points; neighbours at the same place take turns above and below."""
-    placed: list[tuple[float, float]] = []
-    for x, y, name, colour in sorted(points, key=lambda p: (p[0], -p[1])):
-        near = sum(abs(x / a - 1) < 0.35 and abs(y / b - 1) < 0.12 for a, b in placed)
-        offset = ((9, 5), (9, -13), (-9, 9), (-9, -17))[min(near, 3)]
-        align = "left" if offset[0] > 0 else "right"
-        axes.annotate(name, (x, y), offset, textcoords="offset points", color=colour, ha=align, fontweight="bold")
-        placed.append((x, y))
+def command(cfg: Experiment) -> str:
+    """The command that made this process, as typed."""
+    import shlex
+    import sys
 
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    if "study" not in pathlib.Path(sys.argv[0]).name:
+        return f"kvattn.study.run(cfg)  # workdir {cfg.workdir}"
+    return "python -m experiments.study " + shlex.join(sys.argv[1:])
