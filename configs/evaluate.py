@@ -4,7 +4,7 @@ Command:  python -m experiments.evaluate --checkpoint=PATH --text=FILE --context
 Paper:    none; windows slide by `stride` and score each token once, with at least context - stride of context.
 Hardware: 2 CPU cores, 4 GB.
 Minutes:  1 for each 4000 tokens of SmolLM2-135M at context 512, stride 256.
-Expect:   the same negative log-likelihood as transformers on the same windows.
+Expect:   SmolLM2-135M-Instruct on the first 30,000 bytes of Hamlet (9,035 tokens scored): perplexity 37.0.
 """
 
 from configs import base, variants
