@@ -28,10 +28,11 @@ test: ## the whole test suite (8 fake CPU devices; no torch)
 	@scripts/setup.sh $(VENV) test
 	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-test-peers: ## live comparison with torch and transformers (Python 3.11, .venv-peers)
+test-peers: ## live comparison with torch and transformers, in numbers and speed (Python 3.11, .venv-peers)
 	@VERSIONS=3.11 EXTRA_PIP=torch==2.13.0 scripts/setup.sh $(PEERS) test,hf
 	@$(PEERS)/bin/python -m pytest tests_peers -m peers $(ARGS)
 	@$(PEERS)/bin/python -m pytest $$(grep -l 'mark\.peers' tests/test_*.py) -m peers $(ARGS)
+	@$(MAKE) --no-print-directory bench ARGS=--rounds=3
 
 bench: ## the benchmarks, peers in alternation, JSON into experiments/results/
 	@VERSIONS=3.11 EXTRA_PIP=torch==2.13.0 scripts/setup.sh $(PEERS) test,hf

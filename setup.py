@@ -60,6 +60,7 @@ setup(
             "pallas_kernels.*",
             "configs",
             "experiments",
+            "experiments.*",
         ]
     ),
     install_requires=REQUIRES,
