@@ -15,9 +15,7 @@ from kvattn.errors import UserError
 def main(cfg: Experiment) -> int:
     if not cfg.workdir:
         raise UserError("config.workdir is empty; name the directory for checkpoints and metrics.")
-    result = train.run(cfg)
-    if not result.stopped and result.losses:
-        print(f"done: step {result.step}, loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}, in {cfg.workdir}")
+    train.run(cfg)
     return 0
 
 

@@ -223,9 +223,8 @@ class _Run:
             if self.saver is not None and self.saver.latest() != done:
                 self._save(done)
         stopped = done < train.steps
-        if stopped and self.verbose:
-            kept = f"saved in {self.workdir}; the same command resumes" if self.workdir else "no workdir, nothing saved"
-            print(f"stopped by a signal after step {done}/{train.steps}: {kept}", flush=True)
+        if self.verbose:
+            self._say_end(done, stopped)
         return FitResult(
             params=self.state.params,
             model=self.model,
@@ -237,6 +236,15 @@ class _Run:
             peak_memory_bytes=metrics.peak_memory_bytes(),
             workdir=self.workdir,
         )
+
+    def _say_end(self, done: int, stopped: bool) -> None:
+        steps, losses = self.cfg.train.steps, self.recorder.losses
+        where = f"saved in {self.workdir}" if self.workdir else "no workdir, nothing saved"
+        if stopped:
+            resume = "; the same command resumes" if self.workdir else ""
+            print(f"stopped by a signal after step {done}/{steps}: {where}{resume}", flush=True)
+        elif losses:
+            print(f"done: step {done}/{steps}, loss {losses[0]:.4f} -> {losses[-1]:.4f}, {where}", flush=True)
 
     def _next_batch(self) -> dict[str, jax.Array]:
         rows = [next(self.batches) for _ in range(self.cfg.train.accumulation)]
