@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn.config import ModelConfig, RopeConfig
+from kvattn.recompute import recompute
 from kvattn.spec import ParamSpec
 from sharding import constrain
 
@@ -40,19 +41,29 @@ def norm(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
     """RMSNorm or LayerNorm of x[B,T,D] over D, in float32, returned in x's dtype."""
     if cfg.norm == "rmsnorm":
         return rms_norm(x, params["scale"], cfg.norm_eps, cfg.norm_offset)
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + cfg.norm_eps)
-    y = y * _like(params["scale"], y) + _like(params["bias"], y)
-    return y.astype(x.dtype)
+
+    @recompute(lambda cotangent: cotangent)
+    def layer_norm(x, weights, _):
+        scale, bias = weights
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + cfg.norm_eps)
+        return (y * _like(scale, y) + _like(bias, y)).astype(x.dtype)
+
+    return layer_norm(x, (params["scale"], params["bias"]), None)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
     """x / rms(x) * (offset + scale), the mean square taken over the dims that `scale` has."""
     axes = tuple(range(x.ndim - scale.ndim, x.ndim))
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + eps)
-    return (y * (offset + _like(scale, y))).astype(x.dtype)
+
+    @recompute(lambda cotangent: cotangent)
+    def normalised(x, scale, _):
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + eps)
+        return (y * (offset + _like(scale, y))).astype(x.dtype)
+
+    return normalised(x, scale, None)
 
 
 def _like(scale: jax.Array, y: jax.Array) -> jax.Array:
@@ -89,14 +100,20 @@ def mlp_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def mlp(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
-    """act(x gate) * (x up) down, or act(x up) down when not gated; x[B,T,D] -> [B,T,D]."""
-    act = _ACTIVATIONS[cfg.mlp]
-    h = dense(x, params["up"], params.get("up_bias"))
+    """act(x gate) * (x up) down, or act(x up) down when not gated; x[B,T,D] -> [B,T,D].
+
+    The backward pass keeps the two [B,T,F] products and recomputes what the activation makes of them.
+    """
+    act, hidden = _ACTIVATIONS[cfg.mlp], [dense(x, params["up"], params.get("up_bias"))]
     if cfg.mlp in GATED:
-        h = act(dense(x, params["gate"], params.get("gate_bias"))) * h
-    else:
-        h = act(h)
-    return dense(h, params["down"], params.get("down_bias"))
+        hidden.append(dense(x, params["gate"], params.get("gate_bias")))
+
+    @recompute(lambda cotangent: cotangent[..., :1])
+    def contract(hidden, weights, _):
+        h = act(hidden[1]) * hidden[0] if len(hidden) == 2 else act(hidden[0])
+        return dense(h, *weights)
+
+    return contract(hidden, (params["down"], params.get("down_bias")), None)
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

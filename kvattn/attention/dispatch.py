@@ -15,6 +15,7 @@ from kvattn.attention.core import attend_partial, merge
 from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.masks import Tokens
+from kvattn.recompute import recompute
 
 
 class Operand(NamedTuple):
@@ -40,11 +41,11 @@ def attention(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, oper
 def _xla(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operands: list[Operand]) -> jax.Array:
     """The reference. Under differentiation the scores are recomputed, not kept: O(T) memory per head kept."""
 
-    @jax.checkpoint
-    def partial(q, k, v, mask):
-        return attend_partial(q, k, v, mask, scale=cfg.scale, cap=cfg.attn_soft_cap)
+    @recompute(lambda cotangent: cotangent.out[..., :1])
+    def partial(q, kv, mask):
+        return attend_partial(q, *kv, mask, scale=cfg.scale, cap=cfg.attn_soft_cap)
 
-    return merge([partial(q, op.k, op.v, op.mask) for op in operands]).out
+    return merge([partial(q, (op.k, op.v), op.mask) for op in operands]).out
 
 
 def _cudnn_supports(cfg: ModelConfig) -> str | None:
