@@ -11,6 +11,7 @@ its last checkpoint. Per-token losses are kept in nll/, so differences between r
 """
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -30,11 +31,11 @@ from kvattn.errors import UserError
 from kvattn.losses import Teacher
 from sharding.hardware import measure_cpu, of_device
 
-PROMPT_TOKENS = 48  # of the held-out text, continued by every row
 KL_TOKENS = 256  # of the held-out text, behind each KL
 # Fields that change no figure: a study may go on with other values, or with rows added.
 _FREE = (
-    "workdir", "name", "variants", "steps", "study.rows", "train.log_every", "train.checkpoint_every", "train.keep",
+    "workdir", "name", "variants", "steps", "study.rows", "study.keep_models", "train.log_every",
+    "train.checkpoint_every", "train.keep", "train.steps",
 )  # fmt: skip
 
 
@@ -57,12 +58,18 @@ def run(cfg: Experiment) -> list[dict[str, Any]]:
             journal.add(phase, row, record)
             show.done(phase, row, record)
             study_report.write(cfg, journal.records, journal.workdir)
-    for _, row in _phases(cfg):
-        if row is not None:
-            shutil.rmtree(_row_dir(cfg, row) / "checkpoints", ignore_errors=True)
+            _tidy(cfg, journal)
+    _tidy(cfg, journal)
     table = study_report.write(cfg, journal.records, journal.workdir)
     show.finish(table, journal)
     return journal.records
+
+
+def _tidy(cfg: Experiment, journal: "Journal") -> None:
+    """Drops the checkpoints (weights and optimizer state, three times the model) of rows that are finished."""
+    for phase, row in _phases(cfg):
+        if phase == "after" and journal.has(phase, row) and not cfg.study.keep_models:
+            shutil.rmtree(_row_dir(cfg, row) / "checkpoints", ignore_errors=True)
 
 
 def _check(cfg: Experiment) -> None:
@@ -89,8 +96,15 @@ def _phases(cfg: Experiment) -> list[tuple[str, VariantConfig | None]]:
     return out + ([("after", row) for row in rows] if cfg.train.steps or scratch else [])
 
 
+def _forget() -> None:
+    """Gives a finished row's programs and arrays back; no later row has its shapes."""
+    gc.collect()
+    jax.clear_caches()
+    decode.clear()
+
+
 def _row_dir(cfg: Experiment, row: VariantConfig) -> pathlib.Path:
-    return pathlib.Path(cfg.workdir) / "rows" / row.name
+    return pathlib.Path(cfg.workdir) / "rows" / f"{row.name}-{cfg.train.steps}"
 
 
 # --- the journal ---------------------------------------------------------------------------------------
@@ -104,7 +118,9 @@ class Journal:
         self.path = self.workdir / "results.jsonl"
         self.workdir.mkdir(parents=True, exist_ok=True)
         (self.workdir / "nll").mkdir(exist_ok=True)
-        self.records = self._read()
+        everything = self._read()
+        # An `after` line belongs to one number of steps; a run with another number measures its rows again.
+        self.records = [r for r in everything if r.get("steps", cfg.train.steps) == cfg.train.steps]
         shared = _plain({k: v for k, v in flatten(dataclasses.asdict(cfg)).items() if not k.startswith(_FREE)})
         if self.records:
             self._check_same(shared)
@@ -123,7 +139,7 @@ class Journal:
         self._write({"phase": phase, **about, **record})
 
     def nll_path(self, phase: str, row: VariantConfig | None) -> pathlib.Path:
-        return self.workdir / "nll" / f"{row.name + '.' if row else ''}{phase}.npy"
+        return study_report.nll_path(self.cfg, self.workdir, phase, row.name if row else "")
 
     def _write(self, record: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as handle:
@@ -258,6 +274,7 @@ class _Lab:
             cache=row.cache, model=row.model or self.cfg.model, study=StudyConfig(), variants=(), steps=-1,
         )  # fmt: skip
         execution = {} if row.model else {name: getattr(cfg.model, name) for name in ("kernel", "remat")}
+        teacher = Teacher(self.base.model, self.base.params) if train.wants_teacher(cfg) and self.base else None
         self.show.now(f"{row.name}: compiling the training step")
 
         def on_step(step: int, values: dict[str, float]) -> None:
@@ -268,9 +285,10 @@ class _Lab:
             cfg,
             params=made.params,
             model=dataclasses.replace(made.model, **execution),
-            teacher=Teacher(self.base.model, self.base.params) if train.wants_teacher(cfg) and self.base else None,
+            teacher=teacher,
             tokenizer=self.tokenizer,
             workdir=cfg.workdir,
+            consume=teacher is not None,  # what the row shares with its teacher is copied, the rest handed over
             verbose=False,
             on_step=on_step,
         )
@@ -300,7 +318,7 @@ class _Lab:
 
     def _ledger(self, model: Any, row: VariantConfig) -> dict[str, Any]:
         context, study = self.cfg.eval.context, self.cfg.study
-        seen = PROMPT_TOKENS + study.decode_tokens
+        seen = study.prompt_tokens + study.decode_tokens
         roof = account.roofline_decode(model, row.cache, study.decode_batch, seen, self.chip, weight_bytes_per_param=4)
         return {
             "params": account.param_count(model),
@@ -313,7 +331,7 @@ class _Lab:
     def _decode(self, row: VariantConfig, made: Any) -> dict[str, Any]:
         """Speed of greedy decoding, and what was written after the first held-out tokens."""
         self.show.now(f"{row.name}: decoding")
-        study, prompt = self.cfg.study, self.ids[:PROMPT_TOKENS].tolist()
+        study, prompt = self.cfg.study, self.ids[: study.prompt_tokens].tolist()
         fields = DecodeConfig(max_new_tokens=study.decode_tokens, prefill_chunk=self.cfg.decode.prefill_chunk)
         prompts = [prompt] * study.decode_batch
         # Handing tokens over step by step times prefill and decoding apart, not by difference.

@@ -52,17 +52,23 @@ def rows_of(cfg: Experiment, records: list[dict[str, Any]], workdir: pathlib.Pat
     control = next((r["name"] for r in rows if r["plain"] or not cfg.checkpoint.path), None)
     for entry in rows:
         last = "after" if "after" in entry else "before"
-        ours = _load(workdir, f"{entry['name']}.{last}")
-        theirs = _load(workdir, f"{control}.{last}") if control else None
+        ours = _load(cfg, workdir, last, entry["name"])
+        theirs = _load(cfg, workdir, last, control) if control else None
         if theirs is None and last == "before":
-            theirs = _load(workdir, "reference")
+            theirs = _load(cfg, workdir, "reference")
         entry["last"] = entry[last]
         entry["delta"] = paired(ours, theirs) if entry["name"] != control else None
     return rows
 
 
-def _load(workdir: pathlib.Path, name: str) -> np.ndarray | None:
-    path = workdir / "nll" / f"{name}.npy"
+def nll_path(cfg: Experiment, workdir: pathlib.Path, phase: str, row: str) -> pathlib.Path:
+    """Where the per-token losses of a phase are kept; those after training carry the number of steps."""
+    suffix = f"-{cfg.train.steps}" if phase == "after" else ""
+    return workdir / "nll" / f"{row + '.' if row else ''}{phase}{suffix}.npy"
+
+
+def _load(cfg: Experiment, workdir: pathlib.Path, phase: str, row: str = "") -> np.ndarray | None:
+    path = nll_path(cfg, workdir, phase, row)
     return np.load(path) if path.exists() else None
 
 
