@@ -59,6 +59,7 @@ def run(cfg: Experiment) -> list[dict[str, Any]]:
             show.done(phase, row, record)
             study_report.write(cfg, journal.records, journal.workdir)
             _tidy(cfg, journal)
+            gc.collect()  # a finished training's step and state, before the next one needs the room
     _tidy(cfg, journal)
     table = study_report.write(cfg, journal.records, journal.workdir)
     show.finish(table, journal)
@@ -94,13 +95,6 @@ def _phases(cfg: Experiment) -> list[tuple[str, VariantConfig | None]]:
     out: list[tuple[str, VariantConfig | None]] = [] if scratch else [("reference", None)]
     out += [] if scratch else [("before", row) for row in rows]
     return out + ([("after", row) for row in rows] if cfg.train.steps or scratch else [])
-
-
-def _forget() -> None:
-    """Gives a finished row's programs and arrays back; no later row has its shapes."""
-    gc.collect()
-    jax.clear_caches()
-    decode.clear()
 
 
 def _row_dir(cfg: Experiment, row: VariantConfig) -> pathlib.Path:
@@ -331,7 +325,8 @@ class _Lab:
     def _decode(self, row: VariantConfig, made: Any) -> dict[str, Any]:
         """Speed of greedy decoding, and what was written after the first held-out tokens."""
         self.show.now(f"{row.name}: decoding")
-        study, prompt = self.cfg.study, self.ids[: study.prompt_tokens].tolist()
+        study = self.cfg.study
+        prompt = self.ids[: study.prompt_tokens].tolist()
         fields = DecodeConfig(max_new_tokens=study.decode_tokens, prefill_chunk=self.cfg.decode.prefill_chunk)
         prompts = [prompt] * study.decode_batch
         # Handing tokens over step by step times prefill and decoding apart, not by difference.
@@ -371,7 +366,8 @@ class Show:
 
     def finish(self, table: Any, journal: Journal) -> None:
         self.status.stop()
-        self.console.print(table)
+        # The table needs some 140 columns; where there are fewer, whole lines that wrap beat cells cut short.
+        rich.console.Console(width=max(self.console.width, 144)).print(table)
         seconds = sum(record.get("seconds", 0) for record in journal.records)
         self.console.print(
             f"{seconds / 60:.1f} minutes in all; {journal.workdir}/report.md, pareto.png, results.jsonl", soft_wrap=True
