@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import io
+import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +51,9 @@ def generate(name, prompts, *, new=11, store=None, **kw):
     return decode.generate(params_of(name), tiny.CASES[name], prompts, cfg, store or CASES[name], **kw)
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
-@pytest.mark.parametrize("chunk", [3, 512])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [*((name, 3) for name in sorted(CASES)), ("gqa", 512), ("window_sinks", 512)]
+)
 def test_ragged_greedy_is_forward_per_token(name, chunk):
     want = [greedy_by_forward(name, tuple(prompt), 11) for prompt in PROMPTS]
     assert len({tuple(row) for row in want}) == 3 and max(len(set(row)) for row in want) > 2
@@ -162,3 +166,61 @@ def test_capacity_is_exact_and_rings_take_any_length():
     prompt = tuple(range(2, 22))
     long = generate("window_sinks", [list(prompt)], store=CacheConfig(kinds=("ring",), capacity=9), prefill_chunk=4)
     assert long.tokens == [greedy_by_forward("window_sinks", prompt, 11)]
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`python -m experiments.decode ARGS` in this process, on a tiny byte-level checkpoint: (exit code, out, err)."""
+    from experiments import decode as program
+    from kvattn import cli, formats
+    from kvattn.tokenizer import ByteTokenizer
+
+    cfg = tiny.config(vocab_size=258, n_layers=2)
+    loaded = formats.Loaded(cfg, model.init(jax.random.key(1), cfg), ByteTokenizer(), source="tiny")
+    monkeypatch.setattr(program.formats, "load", lambda path, dtype: loaded)
+
+    def run(*args):
+        with pytest.raises(SystemExit) as stop:
+            cli.run(program.main, default="configs/decode_smollm2.py", shortcuts=program.SHORTCUTS, argv=["x", *args])
+        for flag in (program.JSON, program.FILE):
+            flag._flagvalues[flag.name].unparse()
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    run.loaded = loaded
+    return run
+
+
+def test_the_command_streams_and_reports(command, tmp_path, monkeypatch):
+    ids = command.loaded.tokenizer.encode("To be")
+    want = decode.generate(command.loaded.params, command.loaded.model, [ids], DecodeConfig(max_new_tokens=9), FULL)
+    code, out, _ = command("--prompt=To be", "--max_new_tokens=9", "--json")
+    result = json.loads(out)
+    assert code == 0 and result["tokens"] == want.tokens[0] and result["prompt_ids"] == ids
+    assert result["tokens_per_second"] > 0 and result["prefill_seconds"] > 0
+    assert result["cache_bytes"] == want.cache_bytes and result["new_tokens"] == 9
+    (tmp_path / "p.txt").write_text("To be")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("To be"))
+    for args in (("--prompt=To be",), (f"--prompt_file={tmp_path}/p.txt",), ("--prompt=-",)):
+        code, out, err = command(*args, "--max_new_tokens=9")
+        assert code == 0 and out.rstrip("\n") == result["text"].rstrip("\n")
+        assert len(err.strip().splitlines()) == 1 and "tokens_per_second" in err and "cache_bytes" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--prompt=",), "the prompt is empty"),
+        (("--prompt=x", "--max_new_tokens=0"), "max_new_tokens is 0"),
+        (("--prompt=x", "--max_new_token=3"), "max_new_tokens"),
+        (("--prompt=" + "x" * 30, "--config.cache.capacity=20"), "the prompt has 30 tokens"),
+        (("--prompt=x", "--chat"), "template"),
+        (("--prompt=x", "--checkpoint="), "checkpoint.path is empty"),
+        (("--prompt_file=/nowhere/p.txt",), "/nowhere/p.txt"),
+    ],
+)
+def test_the_command_refuses_in_one_line(command, args, message):
+    code, out, err = command(*args)
+    assert code == 2 and not out and len(err.strip().splitlines()) == 1 and message in err
