@@ -14,13 +14,10 @@ REQUIRES = [
     "etils[epath]>=1.15",
     "grain>=0.2.18,<0.3",
     "tokenizers>=0.22,<0.24",
-    "safetensors>=0.6,<0.9",
-    "gguf>=0.19,<0.20",
     "jinja2>=3.1",
     "tensorboardX>=2.6.4,<3",
     "rich>=14",
     "matplotlib>=3.10",
-    "jaxtyping>=0.3.3",
 ]
 
 EXTRAS = {
@@ -28,7 +25,10 @@ EXTRAS = {
         "pytest>=9.0",
         "pytest-xdist>=3.8",
         "hypothesis>=6.140",
-        "chex>=0.1.92",
+        "jaxtyping>=0.3.3",
+        "scipy>=1.14",
+        "gguf>=0.19,<0.20",
+        "safetensors>=0.6,<0.9",
         "nbclient>=0.10",
         "nbformat>=5.10",
         "ipykernel>=7.0",

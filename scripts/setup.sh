@@ -104,7 +104,7 @@ case $(version_of "$VENV/bin/python") in
   3.11) constraints=constraints/py311-jax0.10.2.txt ;;
   *) constraints=constraints/py312-jax0.11.2.txt ;;
 esac
-hash=$(cat setup.py pyproject.toml "$constraints" scripts/setup.sh | "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read() + sys.argv[1].encode()).hexdigest())' "$PWD ${EXTRA_PIP:-}")
+hash=$(cat setup.py "$constraints" scripts/setup.sh | "$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read() + sys.argv[1].encode()).hexdigest())' "$PWD ${EXTRA_PIP:-}")
 stamp=$STAMPS/stamp-${EXTRAS:-base}
 if [ "$(cat "$stamp" 2>/dev/null || true)" = "$hash" ] && [ -z "${FORCE:-}" ]; then exit 0; fi
 
