@@ -12,10 +12,12 @@ trained float32 does not compress, and two cores have better things to do.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
 import shutil
+import sys
 from typing import Any
 
 import jax
@@ -58,6 +60,7 @@ class Checkpoints:
         self.workdir = _absolute(workdir)
         self.root = self.workdir / FOLDER
         self._pending: int | None = None
+        _silence()
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
@@ -125,8 +128,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with _quiet():
-                self._manager.close()
+            self._manager.close()
 
     def _check_room(self, state: TrainState) -> None:
         """Refuses a save that would fill the disk: cheaper and clearer than failing half-way."""
@@ -209,6 +211,7 @@ def load_model(path: Any, dtype: str = "float32") -> tuple[ModelConfig, Any, Any
     damaged one.
     """
     folder = find_step(path)
+    _silence()
     with _reading(folder):
         meta = json.loads((folder / "meta" / "metadata").read_text())
         cfg = config_lib.from_config_dict(meta["model"], ModelConfig)
@@ -277,24 +280,30 @@ def _as_dict(opt_state: Any) -> dict[str, Any]:
     return {f"{i:0{width}}.{name}": leaf for i, (name, (_, leaf)) in enumerate(zip(names, leaves, strict=True))}
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Keeps orbax's own log of an error that is about to be reported as one sentence off the terminal."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+@functools.cache
+def _silence() -> None:
+    """Keeps the storage library's own reports of an error off the terminal, for the rest of the process: the
+    error itself is raised to us and told in one sentence. Its threads report on long after, hence for good."""
+    hook = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        # Writes that end after another one failed call back into an event loop that is gone: no news in it.
+        if not (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)):
+            hook(unraisable)
+
+    sys.unraisablehook = report
+    logging.getLogger("absl").addFilter(_not_orbax)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 @contextlib.contextmanager
 def _disk_errors(root: epath.Path, kept: int | None):
     """A failed write becomes a UserError that says which checkpoint is intact."""
     try:
-        with _quiet():
-            yield
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -313,8 +322,7 @@ def _disk_errors(root: epath.Path, kept: int | None):
 def _reading(folder: epath.Path):
     """Whatever a damaged checkpoint raises becomes a UserError naming the directory."""
     try:
-        with _quiet():
-            yield
+        yield
     except UserError:
         raise
     except Exception as error:

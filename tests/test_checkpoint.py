@@ -1,12 +1,10 @@
 """Checkpoints: layouts in and out, kill -9, SIGTERM, a full disk, a read-only workdir, damage, another config."""
 
 import dataclasses
-import json
 import os
 import pathlib
+import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -14,15 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvattn import checkpoint, metrics, model, train_step
+from kvattn import checkpoint, model, train, train_step
 from kvattn.config import Experiment, MeshConfig, OptimizerConfig, TrainConfig
 from kvattn.errors import UserError
 from kvattn.tokenizer import ByteTokenizer
 from sharding import make_mesh
-from tests import tiny
+from tests import runs, tiny
 from tests.tolerances import EXACT, close
 
-ROOT = pathlib.Path(__file__).parent.parent
 CFG = tiny.config(n_layers=2, d_model=24, d_ff=38, n_heads=4, n_k_heads=2, n_v_heads=2, vocab_size=62)
 META = checkpoint.make_meta(Experiment(name="x", model=CFG), CFG)
 
@@ -174,103 +171,67 @@ def test_a_disk_with_too_little_room_keeps_the_checkpoint(tmp_path, monkeypatch)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(5)
-    for i in range(6):
-        words = rng.choice(["the ", "cat ", "sat ", "on ", "a ", "mat. ", "\n"], 900)
-        (folder / f"part{i}.txt").write_text("".join(words))
-    return f"{folder}/*.txt"
+    return runs.write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-class Command:
-    """`python -m experiments.train` on a tiny model, one CPU device, in a process of its own."""
-
-    def __init__(self, corpus, workdir, steps=40, wrapper=()):
-        sizes = {"n_layers": 2, "d_model": 24, "n_heads": 4, "n_k_heads": 2, "n_v_heads": 2, "head_dim": 6}
-        sizes |= {"v_head_dim": 6, "d_ff": 40, "vocab_size": 258}
-        options = {f"model.{k}": v for k, v in sizes.items()}
-        options |= {"data.source": "text_files", "data.paths": corpus, "data.batch_size": 4, "data.seq_len": 16}
-        options |= {"train.steps": steps, "train.log_every": 1, "train.checkpoint_every": 7, "train.eval_every": 0}
-        options |= {"workdir": workdir, "optimizer.warmup_steps": 3}
-        line = [*wrapper, sys.executable, "-m", "experiments.train", "--config=configs/train_tiny.py"]
-        line += [f"--config.{k}={v}" for k, v in options.items()]
-        env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-        self.workdir = pathlib.Path(workdir)
-        self.process = subprocess.Popen(
-            line, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-
-    def until_step(self, step):
-        """Reads output until the line of `step`."""
-        for line in self.process.stdout:
-            if line.startswith(f"step {step}/"):
-                return
-        raise AssertionError(self.process.stderr.read())
-
-    def finish(self):
-        """(exit code, rest of stdout, stderr)."""
-        out, err = self.process.communicate(timeout=300)
-        return self.process.returncode, out, err
-
-    def records(self):
-        keep = ("step", "loss", "ce", "grad_norm", "learning_rate", "tokens")
-        return [{k: r[k] for k in keep} for r in metrics.read_jsonl(self.workdir / metrics.JSONL)]
-
-    def steps(self):
-        return sorted(int(p.name) for p in (self.workdir / "checkpoints").iterdir() if p.name.isdigit())
+OPTIONS = {"train__steps": 40, "train__checkpoint_every": 7}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(corpus, tmp_path_factory):
-    run = Command(corpus, tmp_path_factory.mktemp("whole") / "run")
-    code, _, err = run.finish()
+    """The workdir of forty steps in one process."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    code, _, err = runs.finish(runs.launch(runs.arguments(corpus, workdir=workdir, **OPTIONS)))
     assert code == 0, err
-    assert len(run.records()) == 40 and run.steps() == [35, 40]
-    return run.records()
+    assert [r["step"] for r in runs.records(workdir)] == list(range(1, 41)) and runs.steps(workdir) == [35, 40]
+    return workdir
 
 
 def test_kill_9_then_the_same_command_gives_the_same_curve(corpus, uninterrupted, tmp_path):
     """Killed at random moments, also while a checkpoint is being written; every float32 loss is equal."""
-    rng = np.random.default_rng(time.time_ns() % 2**32)
+    rng, workdir = np.random.default_rng(time.time_ns() % 2**32), tmp_path / "run"
+    line = runs.arguments(corpus, workdir=workdir, **OPTIONS)
     for low, high in ((15, 21), (29, 36)):  # a save waits for the one before it, so step 7 is there
-        run = Command(corpus, tmp_path / "run")
-        run.until_step(int(rng.integers(low, high)))
+        process = runs.launch(line)
+        runs.until_step(process, int(rng.integers(low, high)))
         time.sleep(rng.uniform(0, 0.05))
-        run.process.kill()
-        assert run.finish()[0] == -signal.SIGKILL
-        assert run.steps(), "a checkpoint must be there to resume from"
-    run = Command(corpus, tmp_path / "run")
-    code, out, err = run.finish()
+        process.kill()
+        assert runs.finish(process)[0] == -signal.SIGKILL
+        assert runs.steps(workdir), "a checkpoint must be there to resume from"
+    code, out, err = runs.finish(runs.launch(line))
     assert code == 0, err
     assert "steps 0 to" not in out, "the last run must have resumed"
-    assert run.records() == uninterrupted
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if not p.name.isdigit()] == []
+    assert runs.records(workdir) == runs.records(uninterrupted)
+    assert [p.name for p in (workdir / "checkpoints").iterdir() if not p.name.isdigit()] == []
+    same(checkpoint.load_model(workdir)[1], checkpoint.load_model(uninterrupted)[1])
 
 
 def test_sigterm_saves_and_the_same_command_resumes(corpus, uninterrupted, tmp_path):
-    run = Command(corpus, tmp_path / "run")
-    run.until_step(9)
-    run.process.send_signal(signal.SIGTERM)
-    code, out, err = run.finish()
+    workdir = tmp_path / "run"
+    line = runs.arguments(corpus, workdir=workdir, **OPTIONS)
+    process = runs.launch(line)
+    runs.until_step(process, 9)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = runs.finish(process)
     assert code == 0, err
-    assert "the same command resumes" in out
-    last = run.records()[-1]["step"]
-    assert run.steps()[-1] == last < 40 and f"stopped by a signal after step {last}/40" in out
-    run = Command(corpus, tmp_path / "run")
-    assert run.finish()[0] == 0
-    assert run.records() == uninterrupted
+    last = runs.records(workdir)[-1]["step"]
+    assert runs.steps(workdir)[-1] == last < 40
+    assert f"stopped by a signal after step {last}/40" in out and "the same command resumes" in out
+    assert runs.finish(runs.launch(line))[0] == 0
+    assert runs.records(workdir) == runs.records(uninterrupted)
 
 
 def test_a_disk_that_fills_up_is_one_sentence_and_keeps_the_checkpoint(corpus, uninterrupted, tmp_path):
-    """Files may not grow past 80 blocks (40 kB): the first save of the second run fails inside the storage library."""
-    run = Command(corpus, tmp_path / "run", steps=9)
-    assert run.finish()[0] == 0 and run.steps() == [7, 9]
-    run = Command(corpus, tmp_path / "run", wrapper=("sh", "-c", 'ulimit -f 80 && exec "$@"', "sh"))
-    code, _, err = run.finish()
-    lines = [line for line in err.strip().splitlines() if line.startswith("error: ")]
+    """Files may not grow past 80 blocks (40 kB): the save at step 42 fails inside the storage library."""
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    line = runs.arguments(corpus, workdir=workdir, **(OPTIONS | {"train__steps": 60}))
+    code, _, err = runs.finish(runs.launch(line, wrapper=("sh", "-c", 'ulimit -f 80 && exec "$@"', "sh")))
     assert code == 2, err
-    assert len(lines) == 1 and "(step 9 is intact)" in lines[0] and "run the same command again" in lines[0]
-    assert run.steps() == [7, 9]
-    run = Command(corpus, tmp_path / "run", steps=12)
-    assert run.finish()[0] == 0 and run.steps()[-1] == 12
-    assert json.loads((tmp_path / "run" / metrics.JSONL).read_text().splitlines()[-1])["step"] == 12
+    errors = [text for text in err.strip().splitlines() if not text.startswith(("WARNING", "I0", "W0"))]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and "(step 40 is intact)" in errors[0], err
+    assert runs.steps(workdir) == [35, 40]
+    same(checkpoint.load_model(workdir)[1], checkpoint.load_model(uninterrupted)[1])
+    cfg = runs.experiment(corpus, workdir=workdir, **(OPTIONS | {"train__steps": 43}))
+    train.fit(cfg, workdir=str(workdir), verbose=False)
+    assert runs.steps(workdir) == [42, 43] and runs.records(workdir)[:40] == runs.records(uninterrupted)

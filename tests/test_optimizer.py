@@ -118,7 +118,8 @@ def test_wrong_names_and_long_warmup_are_refused():
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_moments_are_laid_out_like_their_parameters(name):
-    cfg = tiny.config(d_model=64, head_dim=32, v_head_dim=48, n_heads=8, n_k_heads=4, n_v_heads=2, d_ff=76, vocab_size=134)
+    heads = {"n_heads": 8, "n_k_heads": 4, "n_v_heads": 2, "head_dim": 32, "v_head_dim": 48}
+    cfg = tiny.config(d_model=64, d_ff=76, vocab_size=134, **heads)
     specs = model.param_specs(cfg)
     mesh = make_mesh(MeshConfig(2, 2, 2))
     shardings = named(specs, mesh, RULES["fsdp_tp"])

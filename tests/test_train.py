@@ -292,22 +292,18 @@ def test_fit_writes_what_it_says_and_resumes(corpus, tmp_path, capsys):
 
 
 def test_a_mesh_may_change_between_runs(corpus, tmp_path):
-    cfg = experiment(corpus)
-    whole = train.fit(cfg, verbose=False)
-    half = with_train(cfg, steps=3)
-    half = dataclasses.replace(half, optimizer=dataclasses.replace(OPTIMIZER, schedule="constant"))
-    rest = dataclasses.replace(half, mesh=MeshConfig(2, 2, 2), train=cfg.train)
-    workdir = str(tmp_path / "run")
-    train.fit(half, workdir=workdir, verbose=False)
-    resumed = train.fit(rest, workdir=workdir, verbose=False)
-    alone = train.fit(dataclasses.replace(rest, mesh=MeshConfig()), verbose=False)
+    """Three steps on one device, the checkpoint resharded, three more on eight: as six on one."""
+    constant = dataclasses.replace(OPTIMIZER, schedule="constant")
+    cfg, workdir = with_train(experiment(corpus, optimizer=constant), eval_every=0), str(tmp_path / "run")
+    train.fit(with_train(cfg, steps=3), workdir=workdir, verbose=False)
+    resumed = train.fit(dataclasses.replace(cfg, mesh=MeshConfig(2, 2, 2)), workdir=workdir, verbose=False)
+    alone = train.fit(cfg, verbose=False)
+    assert len(resumed.losses) == 6
     close(resumed.losses, alone.losses, LOSS_SHARDED)
-    assert len(whole.losses) == 6 and np.abs(np.subtract(whole.losses, alone.losses)).max() > 1e-3
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(corpus, tmp_path, monkeypatch):
-    cfg, workdir = with_train(experiment(corpus), checkpoint_every=2), str(tmp_path / "run")
-    train.fit(with_train(cfg, steps=4), workdir=workdir, verbose=False)
+    cfg, workdir = with_train(experiment(corpus), checkpoint_every=2, eval_every=0), str(tmp_path / "run")
     make_step = train_step.make_step
 
     def poisoned(layout, *args, **kwargs):
@@ -327,8 +323,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(corpus, tmp_pa
     assert len(metrics.read_jsonl(tmp_path / "run" / metrics.JSONL)) == 4
     params = checkpoint.load_model(workdir)[1]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    monkeypatch.undo()
-    assert train.fit(cfg, workdir=workdir, verbose=False).step == 6
 
 
 def test_a_diverging_run_stops(corpus):
@@ -405,5 +399,6 @@ def test_console_line_is_pasteable():
     record = {"loss": 3.21544, "ce": 3.1, "learning_rate": 3e-4, "grad_norm": 0.914, "tokens_per_second": 4123.4}
     record |= {"mfu": 0.3812, "memory_bytes": 3 << 29, "left_seconds": 3725.0}
     assert metrics.console_line(20, 100, record) == (
-        "step 20/100  loss 3.2154  ce 3.1000  lr 3.00e-04  gnorm 0.91  4,123 tok/s  mfu 38.1%  mem 1.50 GiB  left 1:02:05"
+        "step 20/100  loss 3.2154  ce 3.1000  lr 3.00e-04  gnorm 0.91  4,123 tok/s  mfu 38.1%  mem 1.50 GiB  "
+        "left 1:02:05"
     )
