@@ -169,11 +169,11 @@ def _no_positional(rest: Sequence[str]) -> None:
         raise UserError(f"{rest[1]!r} is no flag; flags are written --name=value.")
 
 
-def _flag_message(error: Exception) -> str:
+def _flag_message(error: Exception, shortcuts: Sequence[str] = ()) -> str:
     text = _one_line(str(error))
     match = re.match(r"Unknown command line flag '([^']*)'", text)
     if match:
-        return f"--{match[1]} is no flag of this command{_near(match[1], list(flags.FLAGS))}; see --help."
+        return f"--{match[1]} is no flag of this command{_near(match[1], [*flags.FLAGS, *shortcuts])}; see --help."
     return text
 
 
@@ -200,7 +200,7 @@ def parse(
     try:
         rest = values(rest)
     except flags.Error as error:
-        raise UserError(_flag_message(error)) from None
+        raise UserError(_flag_message(error, list(shortcuts or ()))) from None
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UserError(_one_line(str(error))) from None
     _no_positional(rest)
