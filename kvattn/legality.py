@@ -180,6 +180,13 @@ def check_eval(c: Any) -> None:
         _need(0 <= depth <= 1, f"eval.needle_depths has {depth}; depths are fractions in [0, 1].")
 
 
+def check_convert(c: Any) -> None:
+    """One conversion step on its own; whether it fits a model shows when the model is known (convert.plan)."""
+    from kvattn.convert.base import check as check_step
+
+    check_step(c)
+
+
 def check_study(c: Any) -> None:
     _at_least(c, "study", prompt_tokens=1, decode_tokens=1, decode_batch=1)
 
@@ -189,6 +196,8 @@ def check_experiment(c: Any) -> None:
     for part in (c.mesh, c.data, c.optimizer, c.train, c.decode, c.eval, c.study):
         check(part)
     check_cache(c.cache)
+    for step in (*c.convert, *(step for row in c.study.rows for step in row.convert)):
+        check_convert(step)
     _need(c.data.batch_size % c.train.accumulation == 0,
           f"train.accumulation is {c.train.accumulation}; it must divide data.batch_size = {c.data.batch_size}.")
     micro, shards = c.data.batch_size // c.train.accumulation, c.mesh.data * c.mesh.fsdp
@@ -212,6 +221,7 @@ def check_experiment(c: Any) -> None:
 _CHECKS = {
     "ModelConfig": check_model,
     "CacheConfig": check_cache,
+    "ConvertConfig": check_convert,
     "MeshConfig": check_mesh,
     "DataConfig": check_data,
     "OptimizerConfig": check_optimizer,

@@ -131,6 +131,23 @@ def test_illegal_combinations_of_a_model(changes, field):
     assert field in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("step", "field"),
+    [
+        (c.ConvertConfig(kind="gqua", k_heads=1), "convert.kind='gqua'"),
+        (c.ConvertConfig(kind="gqa", k_heads=1, factor=2), "convert.factor=2"),
+        (c.ConvertConfig(kind="cla", factor=2, method="random"), "convert.method='random'"),
+    ],
+)
+def test_bad_conversions_show_before_anything_is_loaded(step, field):
+    """In the config itself and in every row of a study."""
+    row = c.StudyConfig(rows=(c.VariantConfig("x", (step,)),))
+    for changes in ({"convert": (step,)}, {"study": row}):
+        with pytest.raises(UserError) as error:
+            c.validate(dataclasses.replace(EXPERIMENT, **changes))
+        assert field in str(error.value)
+
+
 def test_a_ring_needs_a_window_in_every_reader():
     cfg = dataclasses.replace(EXPERIMENT, model=tiny.CASES["cla2"], convert=(), cache=c.CacheConfig(kinds=("ring",)))
     with pytest.raises(UserError, match="layer 0.*no window"):
