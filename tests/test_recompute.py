@@ -24,7 +24,8 @@ def _chain(wrap):
 
 def _arguments(rng):
     weights = [jnp.asarray(rng.standard_normal((16, 512)) / 90, jnp.float32) for _ in range(16)]
-    return jnp.asarray(rng.standard_normal((64, 16)), jnp.float32), weights, jnp.asarray(rng.random((64, 512)) < 0.5)
+    x, seen = rng.standard_normal((64, 16)), rng.random((64, 512)) < 0.5
+    return jnp.asarray(x, jnp.float32), weights, jnp.asarray(seen)
 
 
 def test_values_and_gradients_are_those_of_the_function(rng):
