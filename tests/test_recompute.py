@@ -30,7 +30,7 @@ def _arguments(rng):
 
 def test_values_and_gradients_are_those_of_the_function(rng):
     args = _arguments(rng)
-    plain, saved = (jax.value_and_grad(_chain(wrap), (0, 1)) for wrap in (lambda f: f, recompute(lambda cotangent: cotangent)))
+    plain, saved = (jax.value_and_grad(_chain(wrap), (0, 1)) for wrap in (lambda f: f, recompute(lambda ct: ct)))
     (want, want_grads), (got, got_grads) = jax.jit(plain)(*args), jax.jit(saved)(*args)
     close(got, want, F32_OP)
     jax.tree.map(lambda a, b: close(a, b, F32_GRAD), got_grads, want_grads)
