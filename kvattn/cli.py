@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import errno
 import importlib.util
+import logging as stdlib_logging
 import os
 import re
 import sys
@@ -87,6 +88,8 @@ def run(
     """
     argv = list(sys.argv if argv is None else argv)
     shortcuts = dict(shortcuts or {})
+    # A failed save raises once and is reported once; asyncio would tell of its other tasks at exit.
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     try:
         if any(arg in ("--help", "-h", "-help", "--helpfull") for arg in argv[1:]):
             print(_help(default, config, shortcuts))
