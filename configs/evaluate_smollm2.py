@@ -4,8 +4,9 @@ Command:  python -m experiments.evaluate --config=configs/evaluate_smollm2.py
           --config=configs/evaluate_smollm2.py:window_sinks evaluates a row of configs/variants.py.
 Paper:    passkey retrieval 2305.16300.
 Hardware: 2 CPU cores, 4 GB.
-Minutes:  about 4.
-Expect:   the base model finds the needle at both lengths; window_sinks only where a full layer carries it.
+Minutes:  about 4, estimated.
+Expect:   perplexity about 26 on the held-out plays (26.03 on the first 4,095 tokens, in
+          experiments/results/study_smollm2); no needle score is recorded.
 """
 
 from configs import base, variants

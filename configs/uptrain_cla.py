@@ -3,8 +3,9 @@
 Command:  python -m experiments.uptrain --config=configs/uptrain_cla.py:2
 Paper:    CLA 2405.12981 (trained from scratch there; converting is ours, after the MLKV recipe).
 Hardware: 2 CPU cores, 8 GB.
-Minutes:  about 10 for 60 steps.
-Expect:   a loss far above the base after conversion, and a steep fall in the first tens of steps.
+Minutes:  about 10 for 60 steps, estimated from the study's 24.
+Expect:   perplexity 20,861 (CLA2) and 27,411 (CLA3) after conversion, 1,314 and 1,188 after the 24 steps of the study
+          (experiments/results/study_smollm2).
 """
 
 from configs import base

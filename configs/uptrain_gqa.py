@@ -3,8 +3,9 @@
 Command:  python -m experiments.uptrain --config=configs/uptrain_gqa.py:mean
 Paper:    GQA 2305.13245; alpha = 5 % of the original tokens there, some ten thousand tokens here.
 Hardware: 2 CPU cores, 8 GB.
-Minutes:  about 10 for 60 steps.
-Expect:   loss after conversion and after uptraining in the order mean < first < random, as in the paper.
+Minutes:  about 10 for 60 steps, estimated from the study's 24.
+Expect:   the paper's order of quality, mean > first > random; here mean falls from perplexity 13,558 to 1,000 in the
+          24 steps of the study (experiments/results/study_smollm2).
 """
 
 from configs import base
