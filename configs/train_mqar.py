@@ -3,8 +3,9 @@
 Command:  python -m experiments.train --config=configs/train_mqar.py:mqa
 Paper:    Zoology 2312.04927, section 4: attention solves the task at every width once trained.
 Hardware: 2 CPU cores, 2 GB.
-Minutes:  about 5.
-Expect:   accuracy near 0 until recall is found, then a jump towards 1.
+Minutes:  about 5, estimated; no full run is recorded.
+Expect:   mha: loss 6.25 at step 1, 4.74 at step 100, 3.62 at step 200, 2.9 to 3.2 at step 414 (uniform over the 256
+          values is 5.55), where the run on a busy machine was stopped.
 """
 
 from configs import base
