@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from typing import Any
 
 import jax
@@ -293,6 +294,8 @@ def _silence() -> None:
 
     sys.unraisablehook = report
     logging.getLogger("absl").addFilter(_not_orbax)
+    # Fragments queued behind the failed one are dropped unwritten when the process ends.
+    warnings.filterwarnings("ignore", r"coroutine '[^']*async_serialize[^']*' was never awaited", RuntimeWarning)
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
