@@ -4,7 +4,8 @@
     python -m experiments.train --config=configs/train_tiny.py --config.train.steps=400 --config.mesh.data=2
 
 The same command resumes where the last checkpoint in the workdir is; SIGTERM and Ctrl-C save one and exit
-with code 0. Several processes: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each.
+with code 0. Several processes: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each, or
+KVATTN_DISTRIBUTED=1 where jax finds them by itself; experiments.launch does either.
 """
 
 from kvattn import cli, train
