@@ -19,7 +19,7 @@ import jax
 from rich.table import Table
 
 from kvattn import cache as caches
-from kvattn import model, spec
+from kvattn import launch, model, plan_report, spec
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.errors import UserError
 from sharding import ShardingError, cost, layouts
@@ -30,6 +30,7 @@ from sharding.layouts import Layout
 DEFAULT_MESHES = {
     8: (2, 2, 2), 16: (2, 4, 2), 32: (4, 2, 4), 64: (4, 4, 4), 128: (8, 4, 4), 256: (4, 8, 8), 512: (8, 8, 8),
 }  # fmt: skip
+A_HAIR = 0.05  # a difference in time that the model cannot tell: it knows no latencies
 
 
 # --- a config as a workload ----------------------------------------------------------------------------
@@ -93,6 +94,33 @@ def _layer(cfg: ModelConfig, cache: CacheConfig, layer: int) -> cost.Layer:
         extra=everything - placed,
         **size,
     )
+
+
+# --- what a command is given ---------------------------------------------------------------------------
+
+
+def machine(slice_text: str, chip: str, chips: int) -> tuple[str, int]:
+    """(chip, chips) of a slice such as v4:4x4x4, or as given where there is none. Raises UserError."""
+    if not slice_text:
+        return chip, chips
+    where = launch.parse_slice(slice_text)
+    return where.chip, where.chips
+
+
+def parse_mesh(text: str) -> tuple[tuple[int, int, int], ...] | None:
+    """`4x4x4` -> ((4, 4, 4),); None for an empty text. Raises UserError for anything else."""
+    sides = text.split("x")
+    if not text:
+        return None
+    if len(sides) != 3 or not all(side.isdecimal() and int(side) for side in sides):
+        raise UserError(f"mesh is {text!r}; write it as XxYxZ, for example 4x4x4, with 1 for an unused axis.")
+    x, y, z = map(int, sides)
+    return ((x, y, z),)
+
+
+def parse_layouts(texts: Iterable[str]) -> tuple[Layout, ...] | None:
+    """Layouts by name; None for none. Raises ShardingError."""
+    return tuple(layouts.parse(text) for text in texts) or None
 
 
 # --- candidates ----------------------------------------------------------------------------------------
@@ -164,38 +192,43 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """`feasible` in order of predicted time (equal to six digits: less memory, then less time on the links, then the
-    default mesh); `infeasible` with reasons; `changes`, when nothing is feasible: the smallest change of each kind
-    that makes something fit."""
+    """`feasible`: each layout that fits, once, on its best mesh, in order of predicted time (equal to six digits: less
+    memory, then less time on the links). `candidates`: every layout on every mesh. `changes`, when nothing is
+    feasible: the smallest change of each kind that makes something fit."""
 
     request: Request
     n_heads: int
     feasible: tuple[Candidate, ...]
-    infeasible: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]
     changes: tuple[str, ...] = ()
+
+    @property
+    def infeasible(self) -> tuple[Candidate, ...]:
+        """Those that cannot be, or are too large or too slow; each has a reason."""
+        return tuple(c for c in self.candidates if c.reason)
 
     @property
     def best(self) -> Candidate:
         """The fastest. Raises UserError, with the nearest change, when nothing fits."""
-        if self.feasible:
-            return self.feasible[0]
-        first = next((c.reason for c in self.infeasible if c.prediction), self.infeasible[0].reason)
-        help = f"; what would fit: {', or '.join(self.changes)}" if self.changes else ""
-        raise UserError(f"no layout fits ({first.rstrip('.')}){help}.")
+        if not self.feasible:
+            raise UserError(self.verdict().replace("No", "no", 1))
+        return self.feasible[0]
 
     def table(self, rows: int = 12) -> Table:
-        """The first `rows` feasible candidates, one mesh a layout, with both overlap assumptions."""
-        return _table(self, rows)
+        """The first `rows` feasible candidates."""
+        return plan_report.table(self, rows)
 
     def refused(self, rows: int = 12) -> Table:
         """Layouts that are feasible on no mesh, with a reason each."""
-        return _refused(self, rows)
+        return plan_report.refused(self, rows)
+
+    def verdict(self) -> str:
+        """One sentence: the best candidate, or what would fit."""
+        return plan_report.verdict(self)
 
     def as_dict(self, rows: int = 12) -> dict[str, Any]:
         """For JSON: the request, the first rows, the changes."""
-        asked = {**dataclasses.asdict(self.request), "chip": self.request.chip.name}
-        found = [_row(c) for c in self.feasible[:rows]]
-        return {"request": asked, "feasible": found, "infeasible": len(self.infeasible), "changes": self.changes}
+        return plan_report.as_dict(self, rows)
 
 
 def plan(
@@ -223,14 +256,27 @@ def plan(
         if math.prod(shape) != chips:
             raise UserError(f"mesh is {'x'.join(map(str, shape))} = {math.prod(shape)} chips, but chips is {chips}; "
                             "make them equal.")
-    works: dict[int, cost.Workload] = {}
-    found = list(_candidates(cfg, cache, ask, tried, shapes, works))
+    found = tuple(_candidates(cfg, cache, ask, tried, shapes, {}, unique=meshes is None))
+    order = sorted((_mesh_of(group, chips) for group in _by_layout(found)), key=lambda c: (
+        float(f"{c.seconds:.5e}"), c.prediction.memory_bytes, c.prediction.interconnect_seconds))
+    return Plan(ask, cfg.n_heads, tuple(order), found, () if order else _changes(cfg, cache, ask, tried))
+
+
+def _by_layout(found: Iterable[Candidate]) -> list[list[Candidate]]:
+    groups: dict[Layout, list[Candidate]] = {}
+    for c in found:
+        if not c.reason:
+            groups.setdefault(c.layout, []).append(c)
+    return list(groups.values())
+
+
+def _mesh_of(group: list[Candidate], chips: int) -> Candidate:
+    """Of one layout's meshes: those within A_HAIR of the fastest, and of them the default one, or the one with the
+    least time on the links."""
+    limit = min(c.seconds for c in group) * (1 + A_HAIR)
     best = default_mesh(chips)
-    order = sorted((c for c in found if not c.reason), key=lambda c: (
-        float(f"{c.seconds:.5e}"), c.prediction.memory_bytes, c.prediction.interconnect_seconds, c.mesh != best))
-    refused = tuple(c for c in found if c.reason)
-    changes = () if order else _changes(cfg, cache, ask, tried)
-    return Plan(ask, cfg.n_heads, tuple(order), refused, changes)
+    close = (c for c in group if c.seconds <= limit)
+    return min(close, key=lambda c: (c.mesh != best, c.prediction.interconnect_seconds, c.seconds))
 
 
 def _chip(chip: str | Chip) -> Chip:
@@ -255,14 +301,30 @@ def _check(ask: Request) -> None:
                         "take no more.")
 
 
-def _candidates(cfg, cache, ask: Request, tried, shapes, works: dict) -> Iterator[Candidate]:
+def _candidates(cfg, cache, ask: Request, tried, shapes, works: dict, *, unique: bool) -> Iterator[Candidate]:
     for shape in shapes:
         mesh = dict(zip(layouts.AXES, shape, strict=True))
         for layout in tried:
-            named = layout.kv_heads + layout.kv_batch + layout.kv_seq
-            if len(shapes) > 1 and any(mesh[a] == 1 for a in named):
-                continue  # the same as the layout without that axis
-            yield _candidate(cfg, cache, ask, layout, shape, works)
+            if not unique or _is_canonical(layout, mesh):
+                yield _candidate(cfg, cache, ask, layout, shape, works)
+
+
+def _is_canonical(layout: Layout, mesh: dict[str, int]) -> bool:
+    """Whether this is the one name of its program: axes of one chip go with the batch if anything does, else with
+    the context; a gathering axis more or less, or 2D without an x, is another layout."""
+    same = {"ws_2d": ("x",), "wg_x": ("x", "y"), "wg_xy": ("y", "z"), "ws_1d": (), "wg_xyz": ()}[layout.ffn]
+    if any(mesh[a] == 1 for a in same) or (layout.gathered and max(mesh.values()) == 1):
+        return False
+    kinds = (layout.kv_batch, layout.kv_seq)
+    home = next((axes for axes in kinds if any(mesh[a] > 1 for a in axes)), ())
+    for axis in (a for a in layouts.AXES if mesh[a] == 1):
+        later = layouts.ORDER[layouts.ORDER.index(axis) + 1 :]
+        heads = any(mesh[a] > 1 for a in later if a in layout.kv_heads)
+        where = layout.kv_heads if heads else home
+        named = axis in layout.kv_heads + layout.kv_batch + layout.kv_seq
+        if (axis in where) != bool(where) or (named and axis not in where):
+            return False
+    return True
 
 
 def _candidate(cfg, cache, ask: Request, layout: Layout, shape, works: dict) -> Candidate:
@@ -324,74 +386,5 @@ def _halves(value: int) -> list[int]:
 
 
 def _fits(cfg, cache, ask: Request, tried) -> bool:
-    found = _candidates(cfg, cache, ask, tried, (default_mesh(ask.chips),), {})
+    found = _candidates(cfg, cache, ask, tried, (default_mesh(ask.chips),), {}, unique=False)
     return any(not c.reason for c in found)
-
-
-# --- the tables ----------------------------------------------------------------------------------------
-
-
-def _row(c: Candidate) -> dict[str, Any]:
-    p = c.prediction
-    return {
-        "layout": c.layout.name,
-        "mesh": list(c.mesh),
-        "n_heads": c.n_heads,
-        "seconds": {name: p.step_seconds(name) for name in cost.OVERLAPS},
-        "compute_seconds": p.compute_seconds,
-        "hbm_seconds": p.hbm_seconds,
-        "interconnect_seconds": p.interconnect_seconds,
-        "hbm_bytes": dict(p.hbm_bytes),
-        "interconnect_bytes": p.interconnect_bytes,
-        "memory_bytes": {"weights": p.weight_memory, "cache": p.cache_memory, "activations": p.activation_memory},
-        "mfu": p.mfu(c.overlap),
-        "chip_seconds_per_token": p.chip_seconds_per_token(c.overlap),
-    }
-
-
-def _table(p: Plan, rows: int) -> Table:
-    ask = p.request
-    title = f"{ask.phase}, {ask.chips} {ask.chip.name}, batch {ask.batch} x {ask.tokens} tokens, context {ask.context}"
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for name in ("layout", "mesh"):
-        table.add_column(name, no_wrap=True)
-    for name in ("ms overlapped", "ms in turn", "compute", "HBM", "links", "GiB", "MFU", "chip-s/token"):
-        table.add_column(name, justify="right")
-    shown: set[str] = set()
-    padded = 0
-    for c in p.feasible:
-        if c.layout.name in shown or len(shown) == rows:
-            continue
-        shown.add(c.layout.name)
-        padded = max(padded, c.n_heads if c.n_heads != p.n_heads else 0)
-        one = c.prediction
-        table.add_row(
-            c.layout.name + (f" N={c.n_heads}" if c.n_heads != p.n_heads else ""),
-            "x".join(map(str, c.mesh)),
-            *(_ms(s) for s in (one.step_seconds("full"), one.step_seconds("none"), one.compute_seconds,
-                               one.hbm_seconds, one.interconnect_seconds)),
-            f"{one.memory_bytes / 2**30:.1f}",
-            f"{100 * one.mfu(c.overlap):.1f}%",
-            f"{one.chip_seconds_per_token(c.overlap):.3g}",
-        )  # fmt: skip
-    table.caption = (f"{ask.weights} weights; sorted by time with overlap {ask.overlap!r}; {len(p.feasible)} feasible, "
-                     f"{len(p.infeasible)} not" + (f"; N: query heads padded from {p.n_heads}" if padded else ""))
-    return table
-
-
-def _refused(p: Plan, rows: int) -> Table:
-    table = Table(title="Layouts that fit on no mesh", title_justify="left")
-    table.add_column("layout", no_wrap=True)
-    table.add_column("why not")
-    fine = {c.layout for c in p.feasible}
-    reasons: dict[Layout, str] = {}
-    for c in sorted(p.infeasible, key=lambda c: (c.prediction is None, c.mesh != default_mesh(p.request.chips))):
-        if c.layout not in fine:
-            reasons.setdefault(c.layout, c.reason)
-    for layout, reason in list(reasons.items())[:rows]:
-        table.add_row(layout.name, reason)
-    return table
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.4g}"
