@@ -1,4 +1,4 @@
-"""Compiled HLO text as a structure: arrays with tiled layouts, instructions, computations, loops and how often each runs.
+"""Compiled HLO text as a structure: tiled arrays, instructions, computations, loops and how often each runs.
 
 Reads what `compiled.as_text()` prints for the TPU backend (the CPU's text parses too). Only the text is used, no
 private module: the grammar is small, and both forms of source positions (stack-frame tables at the top, or
@@ -123,6 +123,20 @@ class Module:
     computations: dict[str, Computation]
     entry: str
     partitions: int
+
+    @functools.cached_property
+    def callers(self) -> dict[str, list[Instruction]]:
+        """Instructions that run each computation, then those that run theirs."""
+        direct: dict[str, list[tuple[str, Instruction]]] = {}
+        for computation in self.computations.values():
+            for instruction in computation.instructions.values():
+                for call in self.calls(computation, instruction):
+                    direct.setdefault(call.computation, []).append((computation.name, instruction))
+        found = {}
+        for name, sites in direct.items():
+            outer = [site for caller, _ in sites for site in direct.get(caller, [])]
+            found[name] = [instruction for _, instruction in sites + outer if instruction.op != "while"]
+        return found
 
     def calls(self, caller: Computation, instruction: Instruction) -> list[Call]:
         """Computations that one execution of `instruction` runs; the scalar functions of reductions are left out."""

@@ -160,12 +160,11 @@ def _meaning(module: hlo.Module, computation: hlo.Computation, reduce: hlo.Instr
     if len(reduce.operands) != 1:
         return "all-reduce"
     value = computation.instructions[reduce.operands[0]]
+    scope = computation
     if value.op == "fusion":
-        computation_in = module.computations[value.attribute("calls")]
-        value = computation_in.root
-    else:
-        computation_in = computation
-    if value.op == "dynamic-update-slice" and _is_zeros(computation_in, value.operands[0]):
+        scope = module.computations[value.attribute("calls")]
+        value = scope.root
+    if value.op == "dynamic-update-slice" and _is_zeros(scope, value.operands[0]):
         return "all-gather"
     return "reduce-scatter" if _only_sliced(module, computation, reduce.name) else "all-reduce"
 
@@ -330,23 +329,33 @@ def _fused(module: hlo.Module, computation: hlo.Computation):
 
 
 def _read(module: hlo.Module, computation: hlo.Computation, number: int) -> int:
-    """Bytes a fusion reads of its parameter: what its dynamic slices take where it takes nothing else."""
-    parameter, total = computation.parameters[number], 0
-    for user in computation.users[parameter.name]:
-        if user.op in ("dynamic-slice", "slice") and user.operands[0] == parameter.name:
+    """Bytes a fusion reads of its parameter: what its slices take, where it takes nothing else."""
+    parameter = computation.parameters[number]
+    return min(_taken(module, computation, parameter.name), parameter.nbytes)
+
+
+def _taken(module: hlo.Module, computation: hlo.Computation, name: str) -> int:
+    total, whole = 0, computation.instructions[name].nbytes
+    for user in computation.users[name]:
+        if user.op in ("dynamic-slice", "slice") and user.operands[0] == name:
             total += user.nbytes
-        elif user.op == "dynamic-update-slice" and user.operands[0] == parameter.name:
+        elif user.op == "dynamic-update-slice" and user.operands[0] == name:
             continue  # updated in place
+        elif _renames(module, user):
+            total += _taken(module, computation, user.name) if computation.users[user.name] else whole
         elif user.op == "fusion":
-            total += sum(_read(module, *place) for place in _places(module, user, parameter.name))
-        elif user.op == "bitcast" and computation.users[user.name]:
-            through = computation.users[user.name]
-            sliced = all(u.op in ("dynamic-slice", "slice") and u.operands[0] == user.name for u in through)
-            updated = all(u.op == "dynamic-update-slice" and u.operands[0] == user.name for u in through)
-            total += sum(u.nbytes for u in through) if sliced else 0 if updated else parameter.nbytes
+            total += sum(_read(module, *place) for place in _places(module, user, name))
         else:
-            total += parameter.nbytes
-    return min(total, parameter.nbytes)
+            total += whole
+    return total
+
+
+def _renames(module: hlo.Module, value: hlo.Instruction) -> bool:
+    """Whether `value` is its operand under another layout or shape: a bitcast, or a fusion of nothing but those."""
+    if value.op != "fusion" or len(value.operands) != 1:
+        return value.op == "bitcast"
+    inside = module.computations[value.attribute("calls")].instructions.values()
+    return all(i.op in ("parameter", "bitcast", "copy") for i in inside)
 
 
 def _places(module, fusion, name):
@@ -412,12 +421,13 @@ def _touched(size: int, kernel: int, out: int, *, stride: int, pad: int, dilate:
 
 
 def _where(module: hlo.Module, computation: hlo.Computation, instruction: hlo.Instruction) -> tuple[str, str]:
-    """(op_name, source line): the instruction's own, else its fused body's, its operands' or its readers'."""
+    """(op_name, source line): the instruction's own, else its fused body's, its operands', its readers' or its callers'."""
     near = [instruction]
     if instruction.op == "fusion":
         near += [i for c in _fused(module, module.computations[instruction.attribute("calls")])
                  for i in c.instructions.values() if i.op not in ("parameter", "constant")]  # fmt: skip
     near += [computation.instructions[name] for name in instruction.operands]
     near += computation.users[instruction.name]
+    near += module.callers.get(computation.name, [])
     named = next((i.op_name for i in near if i.op_name), "")
     return named, next((i.source for i in near if i.source), "")
