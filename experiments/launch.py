@@ -17,9 +17,9 @@ from absl import flags
 from kvattn import cli, launch, launch_local, launch_targets
 from kvattn.errors import UserError
 
-RUN = flags.DEFINE_string("run", "print", "print the script or manifest (with --out: write it) | local: start processes")
+RUN = flags.DEFINE_string("run", "print", "print the script or manifest (--out: write it) | local: start processes")
 TARGET = flags.DEFINE_string("target", "", " | ".join(launch_targets.TARGETS))
-SLICE = flags.DEFINE_string("slice", "", "v5e:4x4, v4:2x2x4, v5p:, v6e:, tpu7x: likewise; H100:8, H200:4x8 (nodes x GPUs)")
+SLICE = flags.DEFINE_string("slice", "", "v5e:4x4, v4:2x2x4, v5p:.., v6e:.., tpu7x:..; H100:8, H200:4x8 (nodes x GPUs)")
 OUT = flags.DEFINE_string("out", "", "directory to write the file into, instead of standard output")
 PROCESSES = flags.DEFINE_integer("processes", 1, "with --run=local: processes")
 DEVICES = flags.DEFINE_integer("devices", 1, "with --run=local: fake CPU devices of each process")

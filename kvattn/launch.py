@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kvattn.errors import UserError
+from sharding import ShardingError, topology
 from sharding.hardware import CHIPS
 
 ROOT = Path(__file__).parent.parent
@@ -31,25 +32,24 @@ GPUS_PER_NODE = 8  # HGX H100 and H200 boards, the DGX and cloud 8-GPU machines
 @dataclasses.dataclass(frozen=True)
 class _Tpu:
     """How Google names a TPU. `counts` is what the number in an accelerator type counts per chip:
-    TensorCores (2) or chips (1); `runtime` "" = the Cloud TPU API does not serve it; `largest` in chips."""
+    TensorCores (2) or chips (1); `runtime` "" = the Cloud TPU API does not serve it; `largest` is the largest slice to rent, in chips; `sharding.topology` compiles for larger ones too."""
 
     accelerator: str
     counts: int
     runtime: str
     gke: str
     largest: int
-    rank: int  # dimensions of the torus
 
 
 # Accelerator types, shapes, chips per host: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; runtime
 # versions: docs.cloud.google.com/tpu/docs/runtimes (which also says that the Cloud TPU API does not serve tpu7x);
 # node labels: xpk's src/xpk/core/system_characteristics.py.
 TPUS = {
-    "v4": _Tpu("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", 4096, 3),
-    "v5e": _Tpu("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", 256, 2),
-    "v5p": _Tpu("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", 6144, 3),
-    "v6e": _Tpu("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", 256, 2),
-    "tpu7x": _Tpu("tpu7x", 2, "", "tpu7x", 9216, 3),
+    "v4": _Tpu("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", 4096),
+    "v5e": _Tpu("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", 256),
+    "v5p": _Tpu("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", 6144),
+    "v6e": _Tpu("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", 256),
+    "tpu7x": _Tpu("tpu7x", 2, "", "tpu7x", 9216),
 }
 _SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
@@ -112,10 +112,14 @@ def parse_slice(text: str) -> Slice:
     if chip.lower() not in known:
         raise UserError(f"--slice={text} names no chip{near(chip, known.values())}; write one as v5e:4x4 or H200:2x8.")
     chip = known[chip.lower()]
+    if chip in TPUS:
+        try:
+            return _tpu_slice(text, chip, topology.parse_slice(f"{chip}:{shape_text}").topology)
+        except ShardingError as error:
+            raise UserError(f"--slice={text}: {error}") from None
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", shape_text):
-        raise UserError(f"--slice={text} has no shape; write it as v5e:4x4, v4:4x4x4, H100:8 or H200:2x8.")
-    shape = tuple(int(side) for side in shape_text.split("x"))
-    return _tpu_slice(text, chip, shape) if chip in TPUS else _gpu_slice(text, chip, shape)
+        raise UserError(f"--slice={text} has no shape; write it as {chip}:8 (one node) or {chip}:2x8.")
+    return _gpu_slice(text, chip, tuple(int(side) for side in shape_text.split("x")))
 
 
 def _gpu_slice(text: str, chip: str, shape: tuple[int, ...]) -> Slice:
@@ -128,14 +132,14 @@ def _gpu_slice(text: str, chip: str, shape: tuple[int, ...]) -> Slice:
 
 def _tpu_slice(text: str, chip: str, shape: tuple[int, ...]) -> Slice:
     tpu, chips = TPUS[chip], math.prod(shape)
-    if tpu.rank == 2:
+    if len(shape) == 2:
         if shape not in _SHAPES_2D:
             shapes = ", ".join("x".join(map(str, s)) for s in _SHAPES_2D)
             raise UserError(f"--slice={text} is no {chip} slice; its shapes are {shapes}.")
         per_host = chips if chips <= 8 else 4
         return Slice(chip, shape, chips // per_host, per_host)
     small = shape in _SMALL_3D or (chip == "tpu7x" and shape == (1, 1, 1))
-    regular = len(shape) == 3 and list(shape) == sorted(shape) and all(side % 4 == 0 for side in shape)
+    regular = list(shape) == sorted(shape) and all(side % 4 == 0 for side in shape)
     if not small and not (regular and chips <= tpu.largest):
         raise UserError(
             f"--slice={text} is no {chip} slice; its shapes are 2x2x1, 2x2x2, 2x2x4, 2x4x4 and AxBxC of multiples of "

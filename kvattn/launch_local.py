@@ -22,11 +22,12 @@ from kvattn.launch import Command, check_fits, environment
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def run(command: Command, *, processes: int, devices: int, grace: float = 20.0) -> int:
+def run(command: Command, *, processes: int, devices: int, grace: float = 5.0) -> int:
     """Runs `command` in `processes` processes of `devices` fake CPU devices each, until all have ended.
 
     Returns 0, or the exit code of the first process that failed (128 + n for one killed by signal n). The others
-    then have `grace` seconds after SIGTERM before SIGKILL. Raises UserError when the command does not fit.
+    then have `grace` seconds after SIGTERM before SIGKILL, since they may wait in a collective for the dead one
+    and, without it, can save nothing. Raises UserError when the command does not fit.
     """
     for flag, value in (("processes", processes), ("devices", devices)):
         if value < 1:
@@ -93,13 +94,14 @@ def _copy(stream: object, index: int, to: TextIO) -> threading.Thread:
     """A thread that copies a process's lines to `to`, each behind `[index] `, until the stream ends."""
 
     def work() -> None:
-        for line in stream:
-            text = line.decode(errors="replace").rstrip("\n")
-            try:
-                to.write(f"[{index}] {text}\n")  # one write a line, so that lines of two processes do not mix
-                to.flush()
-            except (BrokenPipeError, ValueError):
-                pass  # nobody reads any more; go on draining so that the process does not block
+        with stream:
+            for line in stream:
+                text = line.decode(errors="replace").rstrip("\n")
+                try:
+                    to.write(f"[{index}] {text}\n")  # one write a line, so that lines of two processes do not mix
+                    to.flush()
+                except (BrokenPipeError, ValueError):
+                    pass  # nobody reads any more; go on draining so that the process does not block
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -115,7 +117,7 @@ def _signal_all(team: list[subprocess.Popen], number: int) -> None:
 def _watch(team: list[subprocess.Popen], grace: float) -> int:
     """Waits for all; after the first failure stops the rest. Returns the first failure's code, or 0."""
     first, deadline = 0, None
-    while any(process.poll() is None for process in team):
+    while None in [process.poll() for process in team]:  # a list, so that every process is asked
         failed = [(i, p.returncode) for i, p in enumerate(team) if p.returncode]
         if failed and deadline is None:
             index, code = failed[0]

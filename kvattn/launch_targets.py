@@ -195,7 +195,7 @@ def _tpu_script(file: str, command: Command, where: Slice, options: Options, cre
         "set -euo pipefail\n\n"
         f"create() {{\n{create}}}\n\n"
         "setup() { # the working tree, without what git ignores\n"
-        '  local archive; archive=$(mktemp -d)/kvattn.tgz\n'
+        "  local archive; archive=$(mktemp -d)/kvattn.tgz\n"
         '  git ls-files -z --cached --others --exclude-standard | tar --null -czf "$archive" -T -\n'
         f'  {vm} scp "$archive" {name}: --worker=all{flags}\n'
         f"  {vm} ssh {name} --worker=all{flags} --command={shlex.quote(install)}\n"
