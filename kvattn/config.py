@@ -88,7 +88,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     norm_offset: float = 0.0  # Gemma: scale is (1 + w)
     norm_placement: str = "pre"  # pre | post (OLMo 2) | both (Gemma 2/3)
-    residual: str = "serial"  # serial | parallel_palm (one norm) | parallel_neox (two norms)
+    residual: str = "serial"  # serial | parallel_palm (one norm) | parallel_neox (two norms) | ladder
     mlp: str = "swiglu"  # swiglu | geglu | geglu_tanh | gelu | gelu_tanh
     mlp_bias: bool = False
     # ends

@@ -13,7 +13,14 @@ import numpy as np
 from kvattn.config import ModelConfig, RopeConfig
 from kvattn.recompute import recompute
 from kvattn.spec import ParamSpec
-from sharding import constrain
+from sharding import matmul, mean, once, reshard, take_rows
+
+# Layouts of activations [B,T,D] and [B,T,F], by the logical axes of sharding/rules.py and sharding/layouts.py.
+RESIDUAL = ("res_batch", "act_length", "res_embed")  # between blocks
+BLOCK = ("act_batch", "act_length", "act_embed")  # what a block's matmuls read
+HIDDEN = ("act_batch", "act_length", "act_mlp")
+LOGITS_IN = ("logit_batch", "act_length", "logit_embed")
+LOGITS = ("logit_batch", "act_length", "act_vocab")
 
 _ACTIVATIONS = {
     "swiglu": jax.nn.silu,
@@ -39,28 +46,30 @@ def norm_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
 
 def norm(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
     """RMSNorm or LayerNorm of x[B,T,D] over D, in float32, returned in x's dtype."""
+    scale, bias = (reshard(params[n], ("norm",), ("res_embed",)) if n in params else None for n in ("scale", "bias"))
     if cfg.norm == "rmsnorm":
-        return rms_norm(x, params["scale"], cfg.norm_eps, cfg.norm_offset)
+        return rms_norm(x, scale, cfg.norm_eps, cfg.norm_offset, "res_embed")
 
     @recompute(lambda cotangent: cotangent)
     def layer_norm(x, weights, _):
         scale, bias = weights
         y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + cfg.norm_eps)
+        y = y - mean(y, (-1,), "res_embed")
+        y = y * jax.lax.rsqrt(mean(jnp.square(y), (-1,), "res_embed") + cfg.norm_eps)
         return (y * _like(scale, y) + _like(bias, y)).astype(x.dtype)
 
-    return layer_norm(x, (params["scale"], params["bias"]), None)
+    return layer_norm(x, (scale, bias), None)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
-    """x / rms(x) * (offset + scale), the mean square taken over the dims that `scale` has."""
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float = 0.0, name: str | None = None) -> jax.Array:
+    """x / rms(x) * (offset + scale), the mean square taken over the dims that `scale` has; `name`: the logical axis
+    of the first of them, where it may be split."""
     axes = tuple(range(x.ndim - scale.ndim, x.ndim))
 
     @recompute(lambda cotangent: cotangent)
     def normalised(x, scale, _):
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + eps)
+        y = y * jax.lax.rsqrt(mean(jnp.square(y), axes, name) + eps)
         return (y * (offset + _like(scale, y))).astype(x.dtype)
 
     return normalised(x, scale, None)
@@ -74,12 +83,25 @@ def _like(scale: jax.Array, y: jax.Array) -> jax.Array:
 # --- dense ---------------------------------------------------------------------------------------------
 
 
-def dense(x: jax.Array, w: jax.Array, bias: jax.Array | None = None, contract: int = 1) -> jax.Array:
-    """Contracts the last `contract` dims of x with the first of w, as one [rows, in] x [in, out] matmul."""
-    lead, inner, outer = x.shape[: x.ndim - contract], w.shape[:contract], w.shape[contract:]
-    y = x.reshape(-1, math.prod(inner)) @ w.reshape(math.prod(inner), math.prod(outer))
-    y = y.reshape(lead + outer)
-    return y if bias is None else y + _like(bias, y)
+def dense(
+    x: jax.Array,
+    w: Any,
+    bias: jax.Array | None,
+    axes: tuple[str, ...],
+    have: tuple[str, ...],
+    want: tuple[str, ...] | None,
+) -> jax.Array:
+    """x[B,T,*in] times w[*in,*out] plus bias[*out], as one [rows, in] x [in, out] matmul.
+
+    `axes`: w's logical axes, `have`: x's, `want`: the result's; None leaves the sum over the chips that split w's
+    first dim open (sharding.reduce ends it). w is an array or an int8 weight (kvattn.weights).
+    """
+    y = matmul(x, w, axes, have, want)
+    if bias is None:
+        return y
+    if want is None:
+        return y + _like(once(reshard(bias, ("norm",), ("embed",)), axes[0]), y)
+    return y + _like(reshard(bias, axes[len(have) - 2 :], want[2:]), y)
 
 
 def mlp_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
@@ -100,18 +122,20 @@ def mlp_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
 
 
 def mlp(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
-    """act(x gate) * (x up) down, or act(x up) down when not gated; x[B,T,D] -> [B,T,D].
+    """act(x gate) * (x up) down, or act(x up) down when not gated; x[B,T,D] -> [B,T,D], its sum over the chips that
+    split F still open.
 
     The backward pass keeps the two [B,T,F] products and recomputes what the activation makes of them.
     """
-    act, hidden = _ACTIVATIONS[cfg.mlp], [dense(x, params["up"], params.get("up_bias"))]
+    into, act = ("embed", "mlp"), _ACTIVATIONS[cfg.mlp]
+    hidden = [dense(x, params["up"], params.get("up_bias"), into, BLOCK, HIDDEN)]
     if cfg.mlp in GATED:
-        hidden.append(dense(x, params["gate"], params.get("gate_bias")))
+        hidden.append(dense(x, params["gate"], params.get("gate_bias"), into, BLOCK, HIDDEN))
 
     @recompute(lambda cotangent: cotangent[..., :1])
     def contract(hidden, weights, _):
         h = act(hidden[1]) * hidden[0] if len(hidden) == 2 else act(hidden[0])
-        return dense(h, *weights)
+        return dense(h, *weights, ("mlp", "embed"), HIDDEN, None)
 
     return contract(hidden, (params["down"], params.get("down_bias")), None)
 
@@ -180,16 +204,13 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array] | None, head_axis: i
 
 
 def embed(params: dict[str, Any], cfg: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """tokens[B,T] int32 -> [B,T,D] in the table's dtype, times cfg.embed_scale. The rows are gathered from a table
-    whole in D: from one split in D, XLA would replicate the result before it is split by batch."""
-    x = jnp.take(constrain(params["embed"]["table"], "vocab", "act_embed"), tokens, axis=0)
+    """tokens[B,T] int32 -> [B,T,D] in the table's dtype, times cfg.embed_scale."""
+    x = take_rows(params["embed"]["table"], tokens, RESIDUAL)
     return x * jnp.asarray(cfg.embed_scale, x.dtype) if cfg.embed_scale != 1.0 else x
 
 
 def unembed(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
     """x[B,T,D] -> logits[B,T,W] float32, soft-capped by cfg.logit_soft_cap."""
-    if cfg.tied_embeddings:
-        logits = jnp.einsum("btd,wd->btw", x, params["embed"]["table"], preferred_element_type=jnp.float32)
-    else:
-        logits = jnp.einsum("btd,dw->btw", x, params["unembed"]["table"], preferred_element_type=jnp.float32)
-    return soft_cap(logits, cfg.logit_soft_cap)
+    x = reshard(x, RESIDUAL, LOGITS_IN)
+    w = params["embed"]["table"].T if cfg.tied_embeddings else params["unembed"]["table"]
+    return soft_cap(matmul(x, w, ("embed", "vocab"), LOGITS_IN, LOGITS, jnp.float32), cfg.logit_soft_cap)

@@ -12,7 +12,7 @@ _CHOICES = {
     "qk_norm": ("none", "head", "full"),
     "norm": ("rmsnorm", "layernorm"),
     "norm_placement": ("pre", "post", "both"),
-    "residual": ("serial", "parallel_palm", "parallel_neox"),
+    "residual": ("serial", "parallel_palm", "parallel_neox", "ladder"),
     "mlp": ("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"),
     "remat": ("none", "dots", "full"),
 }
@@ -55,7 +55,7 @@ def check_model(c: Any) -> None:
         same = (c.n_k_heads, c.head_dim) == (c.n_v_heads, c.v_head_dim)
         _need(same, f"model.tied_kv shares K as V but K is {c.n_k_heads}x{c.head_dim} and V {c.n_v_heads}x"
               f"{c.v_head_dim}; make n_v_heads and v_head_dim equal to K's.")
-    _need(c.residual == "serial" or c.norm_placement == "pre",
+    _need(c.residual in ("serial", "ladder") or c.norm_placement == "pre",
           f"model.norm_placement is {c.norm_placement!r} with residual {c.residual!r}; parallel blocks take pre.")
     _need(not c.norm_offset or c.norm == "rmsnorm",
           f"model.norm_offset is {c.norm_offset} with norm {c.norm!r}; it applies to rmsnorm only.")

@@ -6,7 +6,7 @@
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -19,7 +19,7 @@ from kvattn.attention.view import View, make_view
 from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.spec import ParamSpec
-from sharding import constrain
+from sharding import own_group, reduce, reshard
 
 
 @flax.struct.dataclass
@@ -124,46 +124,66 @@ def hidden(
     for name in collect:
         if name != "attention":
             raise UserError(f"collect has {name!r}; only 'attention' can be collected.")
-    tokens = _query_tokens(inputs)
-    x = constrain(layers.embed(params, cfg, inputs.tokens), "act_batch", "act_length", "act_embed")
-    tables = _rope_tables(cfg, tokens.positions)
+    x = layers.embed(params, cfg, inputs.tokens)
+    positions = inputs.positions
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(inputs.tokens.shape[1], dtype=jnp.int32)[None, :], inputs.tokens.shape)
+    where = where_of(cfg, positions, inputs.segment_ids, inputs.fresh)
     if cfg.scan_layers:
         if caches is not None or collect:
             raise UserError("model.scan_layers is True with caches or collect; use model.unstack_layers and "
                             "scan_layers False.")
-        x = _scan_layers(params["layers"], cfg, x, tokens, tables)
+        x = _scan_layers(params["layers"], cfg, x, where)
         collected: dict[str, tuple[jax.Array, ...]] = {}
     else:
-        x, caches, collected = _loop_layers(params["layers"], cfg, x, tokens, tables, caches, inputs.fresh, collect)
+        x, caches, collected = _loop_layers(params["layers"], cfg, x, where, caches, collect)
     return layers.norm(params["final_norm"], cfg, x), caches, collected
 
 
 def unembed(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
     """Hidden states [B,T,D] -> logits [B,T,W] float32."""
-    return constrain(layers.unembed(params, cfg, x), "act_batch", "act_length", "act_vocab")
+    return layers.unembed(params, cfg, x)
 
 
-def _query_tokens(inputs: Inputs) -> masks.Tokens:
-    positions = inputs.positions
-    if positions is None:
-        length = inputs.tokens.shape[1]
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], inputs.tokens.shape)
-    return masks.Tokens(positions, inputs.segment_ids)
+class Where(NamedTuple):
+    """Positions of a pass, in each layout that needs them: rope -> table where queries and where keys are made; the
+    tokens where they attend to a cache and to each other. `fresh`: the caches are empty."""
+
+    q_tables: dict[Any, Any]
+    k_tables: dict[Any, Any]
+    cached: masks.Tokens
+    together: masks.Tokens
+    fresh: bool
 
 
-def _rope_tables(cfg: ModelConfig, positions: jax.Array) -> dict[Any, Any]:
-    return {rope: layers.rope_table(rope, cfg.head_dim, jnp.maximum(positions, 0)) for rope in set(cfg.ropes)}
+def where_of(cfg: ModelConfig, positions: jax.Array, segment_ids: jax.Array | None, fresh: bool) -> Where:
+    """What the layers need to know of positions[B,T] (-1 = padding)."""
+
+    def place(x, batch):
+        return None if x is None else reshard(x, (None, None), (batch, None))
+
+    def tables(here):
+        return {rope: layers.rope_table(rope, cfg.head_dim, jnp.maximum(here, 0)) for rope in set(cfg.ropes)}
+
+    def tokens(batch):
+        return masks.Tokens(place(positions, batch), place(segment_ids, batch))
+
+    q_here, k_here = place(positions, "act_batch"), place(positions, "k_batch")
+    q_tables = tables(q_here)
+    k_tables = q_tables if k_here is q_here else tables(k_here)
+    return Where(q_tables, k_tables, tokens("attn_batch"), tokens("fresh_batch"), fresh)
 
 
-def _loop_layers(blocks, cfg, x, tokens, tables, caches, fresh, collect):
+def _loop_layers(blocks, cfg, x, where, caches, collect):
     views: dict[int, View] = {}
     new_caches = list(caches) if caches is not None else None
     gathered: list[jax.Array] = []
 
     def block(params, x, cache, view, layer):
-        return _block(params, cfg, layer, x, tokens, tables, cache, view, fresh)
+        return _block(params, cfg, layer, x, where, cache, view)
 
     block = _rematerialised(block, cfg.remat)
+    x = _open_residual(cfg, x)
     for layer, params in enumerate(blocks):
         owner = cfg.sources[layer]
         cache = caches[owner] if caches is not None and owner == layer else None
@@ -174,7 +194,7 @@ def _loop_layers(blocks, cfg, x, tokens, tables, caches, fresh, collect):
         if collect:
             gathered.append(attended)
     collected = {"attention": tuple(gathered)} if collect else {}
-    return x, tuple(new_caches) if new_caches is not None else None, collected
+    return _close_residual(cfg, x), tuple(new_caches) if new_caches is not None else None, collected
 
 
 def _rematerialised(block, remat: str):
@@ -184,41 +204,83 @@ def _rematerialised(block, remat: str):
     return jax.checkpoint(block, policy=policy, static_argnums=(4,))
 
 
-def _block(params, cfg, layer, x, tokens, tables, cache, view, fresh):
-    """One block: returns (x, attention output [B,T,D], the view its readers share, the owner's new cache)."""
-    h = layers.norm(params["attn_norm"], cfg, x) if "attn_norm" in params else x
-    h_kv = layers.norm(params["kv_norm"], cfg, x) if "kv_norm" in params else h
-    attended, view, cache = attend_layer(params["attn"], cfg, layer, h, h_kv, tokens, tables, cache, view, fresh)
-    if "attn_post_norm" in params:
-        attended = layers.norm(params["attn_post_norm"], cfg, attended)
+def _open_residual(cfg: ModelConfig, x: jax.Array):
+    """What travels between blocks: x, and in a ladder also the last output that is not added to it yet."""
+    return (x, jnp.zeros_like(x)) if cfg.residual == "ladder" else x
+
+
+def _close_residual(cfg: ModelConfig, x) -> jax.Array:
+    return x[0] + x[1] if cfg.residual == "ladder" else x
+
+
+def _block(params, cfg, layer, x, where, cache, view):
+    """One block: returns (x, attention output [B,T,D], the view its readers share, the owner's new cache).
+
+    A ladder (arXiv 2501.06589) adds every output one sub-module late: x_i = x_0 + sum of y_j, j <= i - 2, so that the
+    sum of y_{i-1} over the chips runs beside sub-module i.
+    """
+    x, late = x if cfg.residual == "ladder" else (x, None)
+    h = _enter(params, "attn_norm", cfg, x)
+    h_kv = _enter(params, "kv_norm", cfg, x) if "kv_norm" in params else h
+    attended, view, cache = attend_layer(params["attn"], cfg, layer, h, h_kv, where, cache, view)
+    if cfg.residual == "parallel_palm":  # one sum over the chips for both outputs
+        out = _leave(layers.mlp(params["mlp"], cfg, h) + attended)
+        return x + out, attended, view, cache
+    attended = _leave(attended, params, "attn_post_norm", cfg)
     if cfg.residual == "serial":
         x = x + attended
-        h = layers.norm(params["mlp_norm"], cfg, x) if "mlp_norm" in params else x
-    elif cfg.residual == "parallel_neox":
-        h = layers.norm(params["mlp_norm"], cfg, x)
-    out = layers.mlp(params["mlp"], cfg, h)
-    if "mlp_post_norm" in params:
-        out = layers.norm(params["mlp_post_norm"], cfg, out)
+    elif cfg.residual == "ladder":
+        x = x + late
+    out = layers.mlp(params["mlp"], cfg, _enter(params, "mlp_norm", cfg, x))
+    out = _leave(out, params, "mlp_post_norm", cfg)
+    if cfg.residual == "ladder":
+        return (x + attended, out), attended, view, cache
     x = x + out if cfg.residual == "serial" else x + attended + out
-    return constrain(x, "act_batch", "act_length", "act_embed"), attended, view, cache
+    return x, attended, view, cache
 
 
-def attend_layer(params, cfg, layer, h, h_kv, tokens, tables, cache, view, fresh):
+def _enter(params, norm: str, cfg: ModelConfig, x: jax.Array) -> jax.Array:
+    """x[B,T,D] of the residual stream -> what a sub-module reads, normed where the block has that norm."""
+    x = layers.norm(params[norm], cfg, x) if norm in params else x
+    return reshard(x, layers.RESIDUAL, layers.BLOCK)
+
+
+def _leave(out: jax.Array, params: Any = (), norm: str = "", cfg: ModelConfig | None = None) -> jax.Array:
+    """Ends the open sum of a sub-module's output [B,T,D]; normed where the block has that norm."""
+    out = reduce(out, "mlp", layers.BLOCK, layers.RESIDUAL)
+    return layers.norm(params[norm], cfg, out) if norm in params else out
+
+
+def attend_layer(params, cfg, layer, h, h_kv, where, cache, view):
     """Attention of one layer: h[B,T,D] (h_kv for K and V) -> ([B,T,D], view, cache).
 
-    An owner produces entries and makes the view; a reader is given its owner's.
+    An owner produces entries and makes the view; a reader is given its owner's. The result is summed over the
+    chips that split the heads by `sharding.reduce`.
     """
-    variant, table = VARIANTS[cfg.variant], tables[cfg.rope(layer)]
-    q = constrain(variant.queries(params, cfg, h, table), "act_batch", "act_length", "act_q_heads", "act_head_dim")
+    variant, rope = VARIANTS[cfg.variant], cfg.rope(layer)
+    q = variant.queries(params, cfg, h, where.q_tables[rope])
     if cfg.sources[layer] == layer:
-        view, cache = make_view(variant.entries(params, cfg, h_kv, table), tokens, cache, fresh)
+        entries = variant.entries(params, cfg, h_kv, where.k_tables[rope])
+        view, cache = make_view(entries, variant.kv_axes(cfg), where, cache)
+    together = not any(segment.split for segment in view)
+    tokens = where.together if together else where.cached
+    q = reshard(q, _MADE, _TOGETHER if together else _CACHED)
     mask = masks.from_config(cfg.mask(layer))
     operands = []
     for segment in view:
         k, v = variant.expand(cfg, layer, segment.entries, segment.tokens.positions, q.dtype)
-        operands.append(Operand(k, v, mask(tokens, segment.tokens), segment.tokens))
+        if together:
+            k, v = (own_group(a, q.shape[2], "fresh_heads") for a in (k, v))
+        operands.append(Operand(k, v, mask(tokens, segment.tokens), segment.tokens, segment.split))
     context = attention(cfg, layer, q, tokens, operands)
-    return variant.output(params, cfg, context), view, cache
+    return variant.output(params, cfg, reshard(context, _TOGETHER if together else _CACHED_OUT, _MADE)), view, cache
+
+
+# Axes of q and of the attention result [B,T,N,H]: as projected, over the tokens of the pass, over a cache.
+_MADE = ("act_batch", "act_length", "act_q_heads", "act_head_dim")
+_TOGETHER = ("fresh_batch", "act_length", "fresh_heads", "act_head_dim")
+_CACHED = ("attn_batch", "act_length", "attn_heads", "act_head_dim")
+_CACHED_OUT = ("attn_batch", "act_length", "attn_out_heads", "act_head_dim")
 
 
 # --- scan over layers ----------------------------------------------------------------------------------
@@ -263,18 +325,18 @@ def unstack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     )}
 
 
-def _scan_layers(stacked, cfg, x, tokens, tables):
+def _scan_layers(stacked, cfg, x, where):
     period = scan_period(cfg)
 
     def body(x, blocks):
         views: dict[int, View] = {}
         for layer, params in enumerate(blocks):
             owner = cfg.sources[layer]
-            x, _, views[owner], _ = _block(params, cfg, layer, x, tokens, tables, None, views.get(owner), False)
+            x, _, views[owner], _ = _block(params, cfg, layer, x, where, None, views.get(owner))
         return x, None
 
     assert len(stacked) == period
     if cfg.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
         body = jax.checkpoint(body, policy=policy)
-    return jax.lax.scan(body, x, stacked)[0]
+    return _close_residual(cfg, jax.lax.scan(body, _open_residual(cfg, x), stacked)[0])

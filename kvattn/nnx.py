@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvattn import cache as caching
-from kvattn import decode, layers, masks, model, spec
+from kvattn import decode, model, spec
 from kvattn.attention.view import View
 from kvattn.config import CacheConfig, ModelConfig, validate
 from kvattn.errors import UserError
@@ -131,20 +131,8 @@ class Attention(_Tree):
             raise UserError("segment_ids were given together with a cache; packed rows have none, pass one of them.")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
-        rope = self.cfg.rope(self.layer)
-        tables = {rope: layers.rope_table(rope, self.cfg.head_dim, jnp.maximum(positions, 0))}
-        return model.attend_layer(
-            self.to_params(),
-            self.cfg,
-            self.layer,
-            x,
-            x if x_kv is None else x_kv,
-            masks.Tokens(positions, segment_ids),
-            tables,
-            cache,
-            kv,
-            fresh,
-        )
+        cfg, where = self.cfg, model.where_of(self.cfg, positions, segment_ids, fresh)
+        return model.attend_layer(self.to_params(), cfg, self.layer, x, x if x_kv is None else x_kv, where, cache, kv)
 
     def init_cache(self, batch: int, capacity: int, cache: CacheConfig | None = None) -> caching.Cache:
         """An empty cache for this layer. Raises UserError for a layer that owns none."""

@@ -1,7 +1,41 @@
-"""Where arrays live: meshes, logical-axis rules and their application. Imports jax only."""
+"""Where arrays live: meshes, logical-axis rules, decode layouts and their application. Imports jax only."""
 
-from sharding.apply import constrain, named, use_rules
+from sharding.apply import (
+    constrain,
+    matmul,
+    mean,
+    merge_softmax,
+    named,
+    offset,
+    once,
+    own_group,
+    reduce,
+    reshard,
+    take_rows,
+    use_manual,
+    use_rules,
+    whole,
+)
 from sharding.mesh import make_mesh
 from sharding.rules import RULES, Rules, ShardingError
 
-__all__ = ["RULES", "Rules", "ShardingError", "constrain", "make_mesh", "named", "use_rules"]
+__all__ = [
+    "RULES",
+    "Rules",
+    "ShardingError",
+    "constrain",
+    "make_mesh",
+    "matmul",
+    "mean",
+    "merge_softmax",
+    "named",
+    "offset",
+    "once",
+    "own_group",
+    "reduce",
+    "reshard",
+    "take_rows",
+    "use_manual",
+    "use_rules",
+    "whole",
+]

@@ -8,10 +8,10 @@ A layout says how the matmuls and how K and V are cut over a torus with axes x, 
     parse("ws_2d/by_seq:xyz")               one long sequence, its context cut over all chips
     parse("ws_2d/replicated")               K and V on every chip: multi-query attention the naive way
 
-`rules(layout, mesh, dims)` is the table. In it, every dim but D is split z first, then y, then x, and D is
-split x first, then z, then y; so 2D's E_x F_yz and the gathered F_z, F are contiguous in the order in which
-the collectives concatenate. ws_2d and wg_* store weights alike (E_x F_yz), so that prefill and decode may
-differ in layout over one copy of the weights; ws_1d stores F_xyz.
+`rules(layout, mesh, dims)` is the table. Heads, F and W are split z first, then y, then x; D is split x, z, y and
+the batch x, y, z. So every collective of the paper adds or takes away the last axes of a dim, and layouts
+that split fewer axes hold whole blocks of those that split more. ws_2d and wg_* store weights alike
+(E_x F_yz), so that prefill and decode may differ in layout over one copy of the weights; ws_1d stores F_xyz.
 """
 
 import dataclasses
@@ -23,10 +23,11 @@ from sharding.rules import Rules, ShardingError
 AXES = ("x", "y", "z")
 ORDER = ("z", "y", "x")
 EMBED_ORDER = ("x", "z", "y")
+BATCH_ORDER = ("x", "y", "z")
 FFN_LAYOUTS = ("ws_1d", "ws_2d", "wg_x", "wg_xy", "wg_xyz")
 KV_PARTS = ("by_head", "by_batch", "by_seq")
 GATHERED: dict[str, tuple[str, ...]] = {
-    "ws_1d": (), "ws_2d": (), "wg_x": ("x",), "wg_xy": ("y", "x"), "wg_xyz": ("z", "y", "x"),
+    "ws_1d": (), "ws_2d": (), "wg_x": ("x",), "wg_xy": ("x", "y"), "wg_xyz": ("x", "y", "z"),
 }  # fmt: skip
 
 
@@ -52,8 +53,8 @@ class Layout:
                 raise ShardingError(f"layout {self.name} names mesh axis {axis!r}; the axes are x, y and z.")
             if used.count(axis) > 1:
                 raise ShardingError(f"layout {self.name} splits K and V over {axis!r} twice; name each axis once.")
-        for field in ("kv_heads", "kv_batch", "kv_seq"):
-            object.__setattr__(self, field, ordered(getattr(self, field)))
+        for field, order in (("kv_heads", ORDER), ("kv_batch", BATCH_ORDER), ("kv_seq", ORDER)):
+            object.__setattr__(self, field, ordered(getattr(self, field), order))
 
     @property
     def kv(self) -> str:
@@ -110,23 +111,23 @@ def rules(layout: Layout, mesh: Mapping[str, int], dims: Mapping[str, int]) -> R
     _divides(dims["embed"], residual + (embed if gone else ()), mesh, "model.d_model", layout)
     _divides(dims["mlp"], ordered(stored + wide), mesh, "model.d_ff", layout)
     _divides(dims["q_heads"], ordered(stored + wide), mesh, "model.n_heads", layout)
-    _divides(dims["vocab"], ordered(stored + wide), mesh, "model.vocab_size", layout)
+    _divides(dims["vocab"], ordered(stored + embed), mesh, "model.vocab_size", layout)
     _divides(dims["batch"], gone, mesh, "batch", layout)
+    held = {one: _prefix(stored, dims[f"{one}_heads"], mesh) for one in ("k", "v")}
+    split = tuple(a for a in stored if a in held["k"] + held["v"] and a not in gone)
+    batch = ordered(gone + tuple(a for a in layout.kv_batch if a not in split), BATCH_ORDER)
     kv = {}
     for one in ("k", "v"):
-        heads = dims[f"{one}_heads"]
-        held = _prefix(stored, heads, mesh)
-        own = tuple(a for a in held if a not in gone)
-        batch = ordered(gone + tuple(a for a in layout.kv_batch if a not in own))
-        if dims["batch"] % parts(batch, mesh):
-            batch = gone
-        spare = tuple(a for a in reduced if a not in batch and heads % parts(own + (a,), mesh) == 0)
-        kv |= {f"{one}_heads": held, f"{one}_batch": batch, f"act_{one}_heads": ordered(own + spare)}
+        own = tuple(a for a in held[one] if a not in gone)
+        rest = dims[f"{one}_heads"] // parts(own, mesh)
+        spare = tuple(a for a in reduced if a not in batch and rest % mesh[a] == 0)
+        kv |= {f"{one}_heads": held[one], f"{one}_batch": batch, f"act_{one}_heads": ordered(own + spare)}
     return {
         "layers": (), "norm": (), "head_dim": (), "value_dim": (), "act_length": (), "act_head_dim": (),
         "cache_dim": (), "embed": embed, "mlp": stored, "q_heads": stored, "vocab": stored, **kv,
         "res_batch": gone, "res_embed": residual, "act_batch": gone, "act_embed": reduced,
-        "act_mlp": wide, "act_q_heads": wide, "act_vocab": wide,
+        "act_mlp": wide, "act_q_heads": wide,
+        "logit_batch": (), "logit_embed": embed, "act_vocab": ordered(stored + embed),
         "fresh_batch": gone, "fresh_heads": wide, "fresh_k_heads": (), "fresh_v_heads": (),
         **_attention(layout, mesh, dims, wide),
     }  # fmt: skip
@@ -149,6 +150,7 @@ def _attention(layout: Layout, mesh: Mapping[str, int], dims: Mapping[str, int],
     return {
         "attn_batch": layout.kv_batch,
         "attn_heads": ordered(heads + spare),
+        "attn_out_heads": ordered(heads + spare + layout.kv_seq),
         "cache_batch": layout.kv_batch,
         "cache_heads": heads,
         "cache_length": layout.kv_seq,

@@ -35,6 +35,8 @@ _TRAINING = {
     "act_mlp": "tensor",
     "act_q_heads": "tensor",
     "act_head_dim": None,
+    "logit_batch": ("data", "fsdp"),
+    "logit_embed": None,
     "act_vocab": "tensor",
     "k_batch": ("data", "fsdp"),
     "v_batch": ("data", "fsdp"),
@@ -43,6 +45,7 @@ _TRAINING = {
     # attention, over a cache (attn_) and inside the tokens of one pass (fresh_)
     "attn_batch": ("data", "fsdp"),
     "attn_heads": "tensor",
+    "attn_out_heads": "tensor",
     "fresh_batch": ("data", "fsdp"),
     "fresh_heads": "tensor",
     "fresh_k_heads": "tensor",

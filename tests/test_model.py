@@ -183,11 +183,11 @@ def test_owner_gradient_sums_over_its_readers():
     def loss(k0, k1):
         shared, other = split(k0, k1)
         x = lay.embed(params, cfg, jnp.asarray(tokens))
-        tok = model._query_tokens(model.Inputs(jnp.asarray(tokens)))
-        tables = model._rope_tables(cfg, tok.positions)
-        _, _, view_other, _ = model._block(other["layers"][0], cfg, 0, x, tok, tables, None, None, False)
-        x, _, _, _ = model._block(shared["layers"][0], cfg, 0, x, tok, tables, None, None, False)
-        x, _, _, _ = model._block(shared["layers"][1], cfg, 1, x, tok, tables, None, view_other, False)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+        where = model.where_of(cfg, positions, None, False)
+        _, _, view_other, _ = model._block(other["layers"][0], cfg, 0, x, where, None, None)
+        x, _, _, _ = model._block(shared["layers"][0], cfg, 0, x, where, None, None)
+        x, _, _, _ = model._block(shared["layers"][1], cfg, 1, x, where, None, view_other)
         return jnp.square(x).mean()
 
     k = params["layers"][0]["attn"]["k"]

@@ -12,6 +12,7 @@ class Projection:
 
     param_specs: Callable
     kv_spec: Callable
+    kv_axes: Callable
     queries: Callable
     entries: Callable
     expand: Callable

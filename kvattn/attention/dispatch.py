@@ -16,15 +16,18 @@ from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.masks import Tokens
 from kvattn.recompute import recompute
+from sharding import merge_softmax, whole
 
 
 class Operand(NamedTuple):
-    """One segment ready for a kernel: k[B,K,S,H], v[B,M,S,V], mask bool[B,T,S], and the key tokens."""
+    """One segment ready for a kernel: k[B,K,S,H], v[B,M,S,V], mask bool[B,T,S], the key tokens, and whether S may be
+    split over chips."""
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
     tokens: Tokens
+    split: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,17 @@ def _xla(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operands:
     def partial(q, kv, mask):
         return attend_partial(q, *kv, mask, scale=cfg.scale, cap=cfg.attn_soft_cap)
 
-    return merge([partial(q, (op.k, op.v), op.mask) for op in operands]).out
+    together = merge([partial(q, (op.k, op.v), op.mask) for op in operands])
+    if not any(op.split for op in operands):
+        return together.out
+    if len(operands) > 1 and whole("cache_length", 1) > 1:
+        raise UserError("a ring whose slots are split over chips takes one token at a time; prefill it in one pass, or "
+                        "use a full cache or a layout without by_seq.")
+    return merge_softmax(*together, "cache_length", _STATS, _OUT)
+
+
+_STATS = ("attn_batch", "act_length", "attn_heads", "act_head_dim")
+_OUT = ("attn_batch", "act_length", "attn_out_heads", "act_head_dim")
 
 
 def _cudnn_supports(cfg: ModelConfig) -> str | None:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from kvattn.config import ModelConfig
-from kvattn.layers import dense, rms_norm, rope_table, rotate
+from kvattn.layers import BLOCK, dense, rms_norm, rope_table, rotate
 from kvattn.spec import ParamSpec
+from sharding import reshard
 
 
 def param_specs(cfg: ModelConfig, layer: int) -> dict[str, Any]:
@@ -56,22 +57,40 @@ def kv_spec(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
     return {"k": (cfg.n_k_heads, cfg.head_dim), "v": (cfg.n_v_heads, cfg.v_head_dim)}
 
 
+_Q = ("act_batch", "act_length", "act_q_heads", "act_head_dim")
+_K = ("k_batch", "act_length", "act_k_heads", "act_head_dim")
+_V = ("v_batch", "act_length", "act_v_heads", "act_head_dim")
+
+
+def kv_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Leaf name -> logical axes of what `entries` returns."""
+    swap = {name: (axes[0], axes[2], axes[1], axes[3]) for name, axes in (("k", _K), ("v", _V))}
+    return {name: swap[name] for name in kv_spec(cfg)}
+
+
 def queries(params: dict[str, Any], cfg: ModelConfig, x: jax.Array, table: Any) -> jax.Array:
     """x[B,T,D] -> q[B,T,N,H], normalised and rotated."""
-    q = dense(x, params["q"], params.get("q_bias"))
-    if cfg.qk_norm != "none":
-        q = rms_norm(q, params["q_norm"]["scale"], cfg.norm_eps, cfg.norm_offset)
-    return rotate(q, table)
+    q = dense(x, params["q"], params.get("q_bias"), ("embed", "q_heads", "head_dim"), BLOCK, _Q)
+    return rotate(_norm(q, params.get("q_norm"), cfg, "q_heads", "act_q_heads"), table)
+
+
+def _norm(x: jax.Array, params: Any, cfg: ModelConfig, stored: str, name: str) -> jax.Array:
+    """The q/k norm: over H of each head, or over all heads x H."""
+    if params is None:
+        return x
+    if cfg.qk_norm == "head":
+        return rms_norm(x, params["scale"], cfg.norm_eps, cfg.norm_offset)
+    scale = reshard(params["scale"], (stored, "head_dim"), (name, "head_dim"))
+    return rms_norm(x, scale, cfg.norm_eps, cfg.norm_offset, name)
 
 
 def entries(params: dict[str, Any], cfg: ModelConfig, x: jax.Array, table: Any) -> dict[str, jax.Array]:
     """x[B,T,D] -> what is cached: {k: [B,K,T,H] (rotated, unless tied), v: [B,M,T,V]}."""
-    k = dense(x, params["k"], params.get("k_bias"))
-    if cfg.qk_norm != "none":
-        k = rms_norm(k, params["k_norm"]["scale"], cfg.norm_eps, cfg.norm_offset)
+    k = dense(x, params["k"], params.get("k_bias"), ("embed", "k_heads", "head_dim"), BLOCK, _K)
+    k = _norm(k, params.get("k_norm"), cfg, "k_heads", "act_k_heads")
     if cfg.tied_kv:
         return {"k": k.swapaxes(1, 2)}
-    v = dense(x, params["v"], params.get("v_bias"))
+    v = dense(x, params["v"], params.get("v_bias"), ("embed", "v_heads", "value_dim"), BLOCK, _V)
     return {"k": rotate(k, table).swapaxes(1, 2), "v": v.swapaxes(1, 2)}
 
 
@@ -85,5 +104,5 @@ def expand(cfg: ModelConfig, layer: int, stored: dict[str, jax.Array], positions
 
 
 def output(params: dict[str, Any], cfg: ModelConfig, context: jax.Array) -> jax.Array:
-    """Attention result [B,T,N,V] -> [B,T,D]."""
-    return dense(context, params["o"], params.get("o_bias"), contract=2)
+    """Attention result [B,T,N,V] -> [B,T,D], its sum over the chips that split N still open."""
+    return dense(context, params["o"], params.get("o_bias"), ("q_heads", "value_dim", "embed"), _Q, None)

@@ -4,44 +4,62 @@ An owner layer makes the view once (appending its new entries to its cache on th
 that owner attends to the same value: sharing K and V across layers is sharing of values.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from kvattn.cache.base import Cache, append, read, stored
 from kvattn.masks import Tokens
+from sharding import reshard
 
 
-class Segment(NamedTuple):
-    """entries: leaf -> [B, heads, S, dim]; tokens: positions and segment ids [B,S]."""
+@flax.struct.dataclass
+class Segment:
+    """entries: leaf -> [B, heads, S, dim]; tokens: positions and segment ids [B,S]; `split`: S may be split over
+    chips (a cache), so that each sees a part of the keys."""
 
     entries: dict[str, jax.Array]
     tokens: Tokens
+    split: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 View = tuple[Segment, ...]
 
 
-def make_view(entries: dict[str, jax.Array], tokens: Tokens, cache: Cache | None, fresh: bool) -> tuple[View, Any]:
-    """The view of `entries` [B,heads,T,dim] just produced, and the cache with them appended.
+_TOGETHER = {
+    "k": ("fresh_batch", "fresh_k_heads", "act_length", "cache_dim"),
+    "v": ("fresh_batch", "fresh_v_heads", "act_length", "cache_dim"),
+}
+_CACHED = ("cache_batch", "cache_heads", "act_length", "cache_dim")
 
-    No cache: the entries themselves. `fresh` (the cache is empty): the entries as the cache stores them.
+
+def make_view(entries: dict[str, jax.Array], axes: dict[str, Any], where: Any, cache: Cache | None) -> tuple[View, Any]:
+    """The view of `entries` [B,heads,T,dim] just produced (logical `axes` by leaf), and the cache with them appended.
+
+    No cache: the entries themselves. `where.fresh` (the cache is empty): the entries as the cache stores them.
     One token, or a full cache: append, then read everything. Several tokens into a ring: the ring before
     the append plus the new entries, because the append overwrites slots that early queries still see.
     """
+
+    def together(entries):
+        held = {n: reshard(x, axes[n], _TOGETHER.get(n, _TOGETHER["k"])) for n, x in entries.items()}
+        return Segment(held, where.together)
+
     if cache is None:
-        return (Segment(entries, tokens),), None
-    if fresh:
-        return (Segment(stored(cache, entries), tokens),), append(cache, entries, tokens.positions)
-    if cache.ring and tokens.positions.shape[1] > 1:
-        old = _read_segment(cache)
-        new = Segment(stored(cache, entries), tokens)
-        return (old, new), append(cache, entries, tokens.positions)
-    cache = append(cache, entries, tokens.positions)
+        return (together(entries),), None
+    arriving = {n: reshard(x, axes[n], _CACHED) for n, x in entries.items()}
+    positions = where.cached.positions
+    if where.fresh:
+        return (together(stored(cache, entries)),), append(cache, arriving, positions)
+    if cache.ring and positions.shape[1] > 1:
+        new = Segment(stored(cache, arriving), where.cached)
+        return (_read_segment(cache), new), append(cache, arriving, positions)
+    cache = append(cache, arriving, positions)
     return (_read_segment(cache),), cache
 
 
 def _read_segment(cache: Cache) -> Segment:
     entries, positions, valid = read(cache)
-    return Segment(entries, Tokens(jnp.where(valid, positions, -1)))
+    return Segment(entries, Tokens(jnp.where(valid, positions, -1)), True)

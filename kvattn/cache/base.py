@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from kvattn import legality
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.errors import UserError
+from sharding import offset
 
 ROW_WRITES = 8  # up to this batch one token is written row by row in place (on CPU); above, by one scatter
 
@@ -88,14 +89,15 @@ def stored(cache: Cache, entries: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def slot_of(cache: Cache, positions: jax.Array, length: jax.Array) -> jax.Array:
-    """Slot[B,T] of each position[B,T] once rows hold length[B] tokens; `cache.slots` = do not write."""
-    nowhere = jnp.asarray(cache.slots, positions.dtype)
-    if not cache.ring:
-        return jnp.where((positions >= 0) & (positions < cache.slots), positions, nowhere)
-    turned = cache.sinks + (positions - cache.sinks) % cache.ring
-    slot = jnp.where(positions < cache.sinks, positions, turned)
-    kept = (positions < cache.sinks) | (positions >= length[:, None] - cache.ring)
-    return jnp.where((positions >= 0) & kept, slot, nowhere)
+    """Slot[B,T] of each position[B,T] once rows hold length[B] tokens; `cache.slots` = do not write (here: where the
+    slots are split over chips, each writes its own)."""
+    slot, kept = positions, positions >= 0
+    if cache.ring:
+        turned = cache.sinks + (positions - cache.sinks) % cache.ring
+        slot = jnp.where(positions < cache.sinks, positions, turned)
+        kept &= (positions < cache.sinks) | (positions >= length[:, None] - cache.ring)
+    slot = slot - offset("cache_length", cache.slots)
+    return jnp.where(kept & (slot >= 0) & (slot < cache.slots), slot, jnp.asarray(cache.slots, positions.dtype))
 
 
 def append(cache: Cache, entries: dict[str, jax.Array], positions: jax.Array) -> Cache:
@@ -137,7 +139,7 @@ def _write_scatter(held: dict[str, jax.Array], new: dict[str, jax.Array], slots:
 
 def read(cache: Cache) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
     """(entries leaf -> [B,heads,S,dim], positions[B,S] int32, valid[B,S] bool)."""
-    slot = jnp.arange(cache.slots, dtype=jnp.int32)[None, :]
+    slot = jnp.arange(cache.slots, dtype=jnp.int32)[None, :] + offset("cache_length", cache.slots)
     length = cache.length[:, None]
     if not cache.ring:
         positions = jnp.broadcast_to(slot, (cache.length.shape[0], cache.slots))

@@ -1,0 +1,169 @@
+"""Prefill and decode over a torus of chips, in any layout of sharding/layouts.py.
+
+    layout = layouts.parse("ws_2d/by_batch:xyz")
+    program = build(cfg, cache, layout, mesh, phase="decode", batch=64, context=2048, weights="int8")
+    compiled = jax.jit(program.fn, donate_argnums=program.donate_argnums).lower(*program.args).compile()
+
+The program is the model's own forward pass. With overlap "none", "one_way" or "two_way" it is the body of a
+`jax.shard_map` whose collectives are written out (sharding/manual.py, collective_matmul.py); with "compiler" the
+same layout is given as constraints and the compiler inserts them. Prefill and decode may have different
+layouts: weights of ws_2d and wg_* are stored alike, and prefill writes the cache in the layout that decode reads.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kvattn import cache as caches_lib
+from kvattn import model, spec
+from kvattn import weights as weights_lib
+from kvattn.config import CacheConfig, ModelConfig
+from kvattn.errors import UserError
+from sharding import layouts, use_manual, use_rules
+from sharding.apply import partition_spec
+from sharding.rules import Rules
+
+PHASES = ("prefill", "decode")
+OVERLAPS = ("none", "one_way", "two_way", "compiler")
+_CACHE = ("cache_batch", "cache_heads", "cache_length", "cache_dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """fn(params, tokens, positions, caches) -> (logits[B,W] f32, caches), its abstract arguments with shardings, and
+    which of them to donate (the caches)."""
+
+    fn: Callable
+    args: tuple[Any, ...]
+    donate_argnums: tuple[int, ...]
+    rules: Rules
+
+
+def rules_for(
+    cfg: ModelConfig, layout: layouts.Layout, mesh: Any, batch: int, slots: tuple[int, ...] = ()
+) -> Rules:
+    """The rule table of `layout` for this model and batch. `slots`: slots of the caches, which by_seq splits.
+
+    Raises ShardingError where the layout does not fit.
+    """
+    dims = {
+        "embed": cfg.d_model, "mlp": cfg.d_ff, "vocab": cfg.vocab_size, "q_heads": cfg.n_heads,
+        "k_heads": cfg.n_k_heads, "v_heads": cfg.n_k_heads if cfg.tied_kv else cfg.n_v_heads, "batch": batch,
+    }  # fmt: skip
+    table: Rules = {}
+    for count in slots or (0,):
+        table = layouts.rules(layout, dict(mesh.shape), {**dims, "slots": count})
+    return table
+
+
+def shardings(tree: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
+    """NamedShardings of ShapeDtypeStructs, given a tree of their logical axes."""
+    return jax.tree.map(lambda s, a: NamedSharding(mesh, partition_spec(a, rules, s.shape, mesh)), tree, axes)
+
+
+def param_axes(cfg: ModelConfig, kind: str) -> Any:
+    """Logical axes of every parameter; kind: float32, bfloat16 or int8."""
+    table = weights_lib.quantized_specs(cfg) if kind == "int8" else model.param_specs(weights_lib._loop(cfg))
+    return spec.map_specs(lambda s: _Axes(s.axes), table)
+
+
+class _Axes(tuple):
+    """A leaf: the logical axes of one array."""
+
+
+def build(
+    cfg: ModelConfig,
+    cache: CacheConfig,
+    layout: layouts.Layout | str,
+    mesh: Mesh,
+    *,
+    phase: str,
+    batch: int,
+    context: int,
+    tokens: int = 0,
+    weights: str = "bfloat16",
+    overlap: str = "none",
+) -> Program:
+    """The program of one pass and its abstract arguments.
+
+    decode   one token per sequence, caches of `context` slots
+    prefill  `tokens` per sequence (0 = context) into empty caches of `context` slots
+
+    Raises UserError: unknown phase or overlap, tokens beyond the context; ShardingError: a layout that does not
+    fit the model, the mesh or the batch.
+    """
+    if phase not in PHASES:
+        raise UserError(f"phase is {phase!r}; choose one of {', '.join(PHASES)}.")
+    if overlap not in OVERLAPS:
+        raise UserError(f"overlap is {overlap!r}; choose one of {', '.join(OVERLAPS)}.")
+    layout = layouts.parse(layout) if isinstance(layout, str) else layout
+    cfg = dataclasses.replace(cfg, scan_layers=False)
+    length = 1 if phase == "decode" else tokens or context
+    if length > context:
+        raise UserError(f"tokens is {length} and context is {context}; the context must hold them.")
+    held = caches_lib.specs(cfg, cache, batch, context)
+    rules = rules_for(cfg, layout, mesh, batch, tuple(c.slots for c in held if c is not None))
+    params = weights_lib.abstract(cfg, weights)
+    places = (
+        jax.tree.map(
+            lambda s, a: NamedSharding(mesh, partition_spec(a, rules, s.shape, mesh)), params,
+            param_axes(cfg, weights),
+        ),
+        NamedSharding(mesh, PartitionSpec()),
+        NamedSharding(mesh, PartitionSpec()),
+        jax.tree.map(lambda s: NamedSharding(mesh, _cache_spec(s, rules, mesh)), held),
+    )  # fmt: skip
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    step = functools.partial(_pass, cfg, phase == "prefill")
+    if overlap == "compiler":
+        fn = _compiler(step, mesh, rules, places[3])
+    else:
+        fn = _manual(step, mesh, rules, overlap, places)
+    args = tuple(
+        jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), tree, place)
+        for tree, place in zip((params, ids, ids, held), places, strict=True)
+    )
+    return Program(fn, args, (3,), rules)
+
+
+def _cache_spec(leaf: Any, rules: Rules, mesh: Mesh) -> PartitionSpec:
+    axes = _CACHE if len(leaf.shape) == 4 else _CACHE[:1]
+    return partition_spec(axes, rules, leaf.shape, mesh)
+
+
+def _pass(cfg: ModelConfig, fresh: bool, params: Any, tokens: jax.Array, positions: jax.Array, caches: Any):
+    """tokens, positions [B,T] (-1 = padding, on either side) -> (logits[B,W] at each row's last token, caches)."""
+    inputs = model.Inputs(tokens, positions, fresh=fresh)
+    x, caches, _ = model.hidden(params, cfg, inputs, caches=caches)
+    if tokens.shape[1] > 1:
+        from sharding import reshard
+
+        last = reshard(jnp.argmax(positions, axis=1), (None,), ("res_batch",))
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+    return model.unembed(params, cfg, x)[:, 0], caches
+
+
+def _manual(step: Callable, mesh: Mesh, rules: Rules, overlap: str, places: tuple[Any, ...]) -> Callable:
+    specs = jax.tree.map(lambda place: place.spec, places)
+    sizes = dict(mesh.shape)
+    logits = PartitionSpec(None, tuple(rules["act_vocab"]) or None)
+
+    def body(*args):
+        with use_manual(sizes, rules, overlap):
+            return step(*args)
+
+    return jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=(logits, specs[3]), check_vma=False)
+
+
+def _compiler(step: Callable, mesh: Mesh, rules: Rules, caches_at: Any) -> Callable:
+    def fn(*args):
+        with use_rules(mesh, rules):
+            logits, caches = step(*args)
+        return logits, jax.lax.with_sharding_constraint(caches, caches_at)
+
+    return fn

@@ -1,0 +1,116 @@
+"""int8 weights: a property of the array, understood by every matmul.
+
+    params = quantize(params, cfg)          # matmul weights and the embedding become Int8, norms and biases stay
+
+An Int8 holds int8 values and one scale per output channel, symmetric: y = (x values) * scale, so that the bytes read
+per matmul halve against bfloat16 while activations and the product stay bfloat16 (the AQT-style weights of
+Pope et al., arXiv 2211.05102, section 3.6). An embedding table is scaled per row, which serves both the lookup
+and, tied, the logits.
+"""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kvattn import model, spec
+from kvattn.config import ModelConfig
+from kvattn.errors import UserError
+from kvattn.spec import ParamSpec
+
+WEIGHTS = ("float32", "bfloat16", "int8")
+
+
+@flax.struct.dataclass
+class Int8:
+    """values int8 [*in,*out]; scale [*out] in the dtype of the weight it stands for. w = values * scale."""
+
+    values: Any
+    scale: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def T(self) -> "Int8":
+        """An embedding table [W,D] with scale [W], as the [D,W] weight of the logits."""
+        return Int8(self.values.T, self.scale)
+
+    def reshape(self, rows: int, cols: int) -> "Int8":
+        """As the one matrix [in, out] that a matmul takes."""
+        values = self.values.reshape(rows, cols)
+        return Int8(values, self.scale.reshape(values.shape[1]))
+
+    def dequantize(self) -> jax.Array:
+        """values * scale, of a weight [*in,*out]."""
+        scale = self.scale.reshape((1,) * (self.values.ndim - self.scale.ndim) + self.scale.shape)
+        return self.values.astype(scale.dtype) * scale
+
+
+def _inner(s: ParamSpec) -> int:
+    """Leading dims that a matmul contracts; 0 for what is no matmul weight, -1 for an embedding table (its last)."""
+    if s.axes == ("vocab", "embed"):
+        return -1
+    count = 1
+    while s.fan_in and math.prod(s.shape[:count]) != s.fan_in:
+        count += 1
+    return count if s.fan_in else 0
+
+
+def quantized_specs(cfg: ModelConfig) -> Any:
+    """`model.param_specs` with an Int8 of two ParamSpecs for every weight that `quantize` turns into one."""
+
+    def one(s: ParamSpec) -> Any:
+        inner = _inner(s)
+        if not inner:
+            return s
+        out = slice(inner, None) if inner > 0 else slice(0, 1)
+        return Int8(s, ParamSpec(s.shape[out], s.axes[out], "ones"))
+
+    return spec.map_specs(one, model.param_specs(_loop(cfg)))
+
+
+def quantize(params: Any, cfg: ModelConfig) -> Any:
+    """Rounds every matmul weight and embedding row to 127 steps each way of its channel's largest value; the error is
+    at most half a step. Raises UserError for stacked layers."""
+    if cfg.scan_layers:
+        raise UserError("model.scan_layers is True; quantize the unstacked weights (model.unstack_layers).")
+    return jax.tree.map(_round, model.param_specs(cfg), params, is_leaf=spec.is_spec)
+
+
+def _round(s: ParamSpec, w: jax.Array) -> Any:
+    inner = _inner(s)
+    if not inner:
+        return w
+    axes = tuple(range(inner)) if inner > 0 else (w.ndim - 1,)
+    top = jnp.max(jnp.abs(w.astype(jnp.float32)), axes, keepdims=True)
+    scale = jnp.where(top > 0, top / 127, 1.0).astype(w.dtype)
+    values = jnp.round(w.astype(jnp.float32) / scale.astype(jnp.float32))
+    return Int8(jnp.clip(values, -127, 127).astype(jnp.int8), scale.squeeze(axes))
+
+
+def abstract(cfg: ModelConfig, weights: str) -> Any:
+    """ShapeDtypeStructs of a model whose weights are float32, bfloat16 or int8 (with bfloat16 scales).
+
+    Raises UserError for another name.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"weights is {weights!r}; choose one of {', '.join(WEIGHTS)}.")
+    if weights != "int8":
+        return spec.abstract(model.param_specs(_loop(cfg)), jnp.dtype(weights))
+
+    def one(s: Any) -> Any:
+        if isinstance(s, Int8):
+            return Int8(jax.ShapeDtypeStruct(s.values.shape, jnp.int8), jax.ShapeDtypeStruct(s.scale.shape, jnp.bfloat16))
+        return jax.ShapeDtypeStruct(s.shape, jnp.bfloat16)
+
+    return jax.tree.map(one, quantized_specs(cfg), is_leaf=lambda s: isinstance(s, Int8 | ParamSpec))
+
+
+def _loop(cfg: ModelConfig) -> ModelConfig:
+    import dataclasses
+
+    return dataclasses.replace(cfg, scan_layers=False)
