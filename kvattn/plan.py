@@ -310,10 +310,11 @@ def _candidates(cfg, cache, ask: Request, tried, shapes, works: dict, *, unique:
 
 
 def _is_canonical(layout: Layout, mesh: dict[str, int]) -> bool:
-    """Whether this is the one name of its program: axes of one chip go with the batch if anything does, else with
-    the context; a gathering axis more or less, or 2D without an x, is another layout."""
-    same = {"ws_2d": ("x",), "wg_x": ("x", "y"), "wg_xy": ("y", "z"), "ws_1d": (), "wg_xyz": ()}[layout.ffn]
-    if any(mesh[a] == 1 for a in same) or (layout.gathered and max(mesh.values()) == 1):
+    """Whether this is the one name of its program, given axes of one chip: they go with the batch if anything does,
+    else with the context; 2D without x is 1D, and of two that gather the same the one named longer is meant."""
+    x, y, z = (mesh[a] > 1 for a in layouts.AXES)
+    own = {"ws_1d": True, "ws_2d": x, "wg_x": x and y, "wg_xy": (x or y) and z, "wg_xyz": x or y or z}
+    if not own[layout.ffn]:
         return False
     kinds = (layout.kv_batch, layout.kv_seq)
     home = next((axes for axes in kinds if any(mesh[a] > 1 for a in axes)), ())

@@ -29,6 +29,7 @@ BF16_MODEL = Tolerance(1e-1, 1e-1, "bfloat16 activations throughout, a few layer
 HF_TINY = Tolerance(1e-4, 1e-4, "acceptance: random-weight transformers models, float32, prefill and decode")
 HF_SMOLLM2 = Tolerance(2e-3, 2e-3, "acceptance: SmolLM2-135M on 512 tokens against transformers, logits up to ~30")
 ACCOUNT_FLOPS = Tolerance(0.0, 2e-2, "the ledger counts matmuls; XLA's count adds norms, softmax and rotary")
+CLOSED_FORM = Tolerance(0.0, 1e-12, "the same float64 formula, its terms added in another order")
 
 
 def close(got, want, tolerance: Tolerance, what: str = "") -> None:
