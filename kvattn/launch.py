@@ -32,7 +32,8 @@ GPUS_PER_NODE = 8  # HGX H100 and H200 boards, the DGX and cloud 8-GPU machines
 @dataclasses.dataclass(frozen=True)
 class _Tpu:
     """How Google names a TPU. `counts` is what the number in an accelerator type counts per chip:
-    TensorCores (2) or chips (1); `runtime` "" = the Cloud TPU API does not serve it; `largest` is the largest slice to rent, in chips; `sharding.topology` compiles for larger ones too."""
+    TensorCores (2) or chips (1); `runtime` "" = the Cloud TPU API does not serve it; `largest` is the largest
+    slice to rent, in chips (`sharding.topology` compiles for larger ones too)."""
 
     accelerator: str
     counts: int

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -98,11 +99,12 @@ class Machine:
         path.write_text("#!/usr/bin/env bash\n" + text)
         path.chmod(0o755)
 
-    def run(self, text: str, *args: str, **env: str) -> None:
+    def run(self, text: str, *args: str, **env: str) -> str:
         variables = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.home), "LOGS": str(self.bin.parent)}
         line = ["bash", "-c", text, "file", *args]
         done = subprocess.run(line, cwd=self.home, env=variables | env, text=True, capture_output=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def calls(self, tool: str) -> list[list[str]]:
         file = self.bin.parent / f"{tool}.log"
@@ -140,7 +142,7 @@ def test_gpu_slices(name):
 
 @pytest.mark.parametrize("text", ["", "v9:2x2", "v5e", "v5e:", "v5e:4x", "v5e:2x8", "v5e:4x4x4", "v4:4x4", "v4:4x2x2",
                                   "v4:8x8x4", "v4:4x4x6", "v4:16x16x20", "tpu7x:1x1x2", "H100:16", "H100:1x2x4",
-                                  "H100:0", "v5e:04x4", "v5e:4x4 x"])  # fmt: skip
+                                  "H100:0", "H100:08", "v5e:4x4 x"])  # fmt: skip
 def test_what_is_no_slice(text):
     with pytest.raises(UserError, match=r"--slice=") as error:
         launch.parse_slice(text)
@@ -291,7 +293,8 @@ def test_the_config_that_arrives_is_the_config_that_was_given(tmp_path):
     assert machine.calls("gcloud")[0][4] == "kvattn-train-train-tiny"
 
 
-@pytest.mark.parametrize("value", [*HARD, *HARDER, "a\nb\n", "a\n\n", "\n", " lead\n", "x: y\n- z\n#\n", "é\n", "t \n"])
+@pytest.mark.parametrize("value", [*HARD, *HARDER, "a\nb\n", "a\n\n", "\n", " lead\n", "x: y\n- z\n#\n", "é\n", "t \n",
+                                   "a\r\nb\n", "x\x85y\n", "\tt\n"])
 def test_yaml_gives_strings_back(value):
     tree = {"a": [{"b": value, "c": [value, True, 3]}, value], "d": {"e": value}}
     assert yaml.safe_load(launch_targets.to_yaml(tree)) == tree
@@ -412,6 +415,38 @@ def test_two_local_processes_train_as_one(corpus, tmp_path):
     curves = [[[r["step"], r["loss"], r["grad_norm"]] for r in runs.records(tmp_path / d)] for d in ("two", "one")]
     assert len(curves[0]) == 4
     close(*curves, LOSS_SHARDED)
+
+
+SRUN = """while [[ "$1" == --* ]]; do shift; done
+export SLURM_JOB_ID=5 SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_LOCALID=0
+SLURM_PROCID=0 "$@" & first=$!
+SLURM_PROCID=1 "$@" | sed 's/^/second: /'
+wait $first
+"""
+
+
+def test_a_slurm_script_joins_its_nodes(corpus, tmp_path):
+    """The emitted script with a stand-in for srun and 4 fake CPU devices for a node's GPUs; jax finds the rest."""
+    fields = {"train__steps": 3, "mesh__data": 8, "workdir": tmp_path / "run"} | FIELDS
+    made = launch.resolve(["experiments.train", *runs.arguments(corpus, **fields)])
+    _, text = launch_targets.emit(made, "slurm", launch.parse_slice("H100:2x4"), launch_targets.Options())
+    machine = Machine(tmp_path / "machine")
+    machine.script(machine.bin / "srun", SRUN)
+    machine.script(machine.home / ".venv/bin/python", f'exec {sys.executable} "$@"\n')
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+    env |= {"JAX_COORDINATOR_PORT": port, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    out = machine.run(text, **env)
+    assert re.search(r"^step 3/3", out, re.MULTILINE) and "second: step" not in out
+    assert [r["step"] for r in runs.records(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_joining_where_there_is_nothing_to_join(tmp_path):
+    code, _, err = runs.finish(runs.launch([TINY[1], f"--config.workdir={tmp_path}/run"], KVATTN_DISTRIBUTED="1"))
+    assert code == 2 and "jax cannot join the other processes" in err and "JAX_COORDINATOR_ADDRESS" in err
+    assert not (tmp_path / "run").exists()
 
 
 def until(process: subprocess.Popen, start: str) -> None:
