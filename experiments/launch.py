@@ -1,12 +1,13 @@
-"""Starts an experiment somewhere else: prints (or writes) the script or manifest, or runs local processes.
+r"""Starts an experiment somewhere else: prints (or writes) the script or manifest, or runs local processes.
 
     python -m experiments.launch --target=gcloud --slice=v5e:4x4 -- experiments.train --config=configs/train_tiny.py \
         --config.mesh.fsdp=16 --config.data.batch_size=16 --config.workdir=gs://BUCKET/tiny
     python -m experiments.launch --target=slurm --slice=H100:2x8 --out=jobs -- experiments.train ...
     python -m experiments.launch --run=local --processes=2 --devices=4 -- experiments.train --config.mesh.data=8 ...
 
-What follows `--` is the command as you would type it after `python -m`; it is checked, config and all, before
-anything is written. Targets: gcloud, queued, xpk, gke, sky (TPU), sky, slurm (GPU). Nothing is sent to a cloud.
+What follows `--` (or starts at `experiments.`) is the command as you would type it after `python -m`; it is
+checked, config and all, before anything is written. Targets: gcloud, queued, xpk, gke, sky (TPU), sky, slurm (GPU).
+Nothing is sent to a cloud.
 """
 
 import sys

@@ -176,10 +176,14 @@ class Command:
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """argv -> (the launcher's own arguments, the command's words): what stands before and after the first `--`."""
+    """argv -> (the launcher's own arguments, the command's words), parted by the first `--`, or, where there is
+    none, in front of the first word `experiments.X`."""
     words = list(argv)
-    cut = words.index("--") if "--" in words else len(words)
-    return words[:cut], words[cut + 1 :]
+    if "--" in words:
+        cut = words.index("--")
+        return words[:cut], words[cut + 1 :]
+    cut = next((i for i, word in enumerate(words) if i and word.startswith("experiments.")), len(words))
+    return words[:cut], words[cut:]
 
 
 def commands() -> list[str]:

@@ -350,6 +350,14 @@ def test_commands_that_do_not_resolve(words, match):
     assert "\n" not in str(error.value)
 
 
+def test_where_the_command_starts():
+    assert launch.split(["x", "--out=a", "--", "python", "-m", "e", "--", "b"]) == (
+        ["x", "--out=a"], ["python", "-m", "e", "--", "b"])  # fmt: skip
+    assert launch.split(["experiments.x", "--out=a", "experiments.e", "--b"]) == (
+        ["experiments.x", "--out=a"], ["experiments.e", "--b"])  # fmt: skip
+    assert launch.split(["x", "--out=a"]) == (["x", "--out=a"], [])
+
+
 TINY = ["experiments.train", "--config=configs/train_tiny.py"]
 
 
