@@ -12,6 +12,7 @@ source_file/source_line in the metadata) and all forms of replica groups are rea
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Iterator
 
@@ -165,6 +166,23 @@ class Module:
             for instruction in self.computations[name].instructions.values():
                 yield self.computations[name], instruction, times
 
+    def inside(self, computation: Computation) -> Iterator[tuple[Computation, Instruction]]:
+        """(computation, instruction) of a fused computation and of those nested in it."""
+        for instruction in computation.instructions.values():
+            yield computation, instruction
+            if instruction.op == "fusion":
+                yield from self.inside(self.computations[instruction.attribute("calls")])
+
+    def place(self, computation: Computation, instruction: Instruction) -> tuple[str, str]:
+        """(op_name, source line): the instruction's own, else its fused body's, operands', readers' or callers'."""
+        near = [instruction]
+        if instruction.op == "fusion":
+            body = self.computations[instruction.attribute("calls")]
+            near += [i for _, i in self.inside(body) if i.op not in ("parameter", "constant")]
+        near += [computation.instructions[name] for name in instruction.operands]
+        near += computation.users[instruction.name] + self.callers.get(computation.name, [])
+        return next((i.op_name for i in near if i.op_name), ""), next((i.source for i in near if i.source), "")
+
     def _walk(self, fused: bool) -> dict[str, float]:
         runs: dict[str, float] = {}
         stack = [(self.entry, 1.0)]
@@ -316,9 +334,9 @@ def arrays(text: str) -> tuple[Array, ...]:
         found.append(
             Array(
                 dtype=dtype,
-                dims=_ints(dims.replace("<=", "")),
-                minor_to_major=_ints(order),
-                tile=_ints(tile[1]) if tile else (),
+                dims=ints(dims.replace("<=", "")),
+                minor_to_major=ints(order),
+                tile=ints(tile[1]) if tile else (),
                 space=int(space[1]) if space else 0,
             )
         )
@@ -356,18 +374,24 @@ def _position(metadata: str, frames: dict[int, str]) -> tuple[str, str]:
     frame = re.search(r"stack_frame_id=(\d+)", metadata)
     file = re.search(r'source_file="([^"]*)"', metadata)
     line = re.search(r"source_line=(\d+)", metadata)
-    source = frames.get(int(frame[1]), "") if frame else f"{file[1]}:{line[1]}" if file and line else ""
+    source = frames.get(int(frame[1]), "") if frame else f"{_short(file[1])}:{line[1]}" if file and line else ""
     return op_name[1] if op_name else "", source
 
 
 def _stack_frames(text: str) -> dict[int, str]:
     """stack_frame_id -> "file:line" from the tables that newer versions print before the computations."""
     head = text[: text.find("\n%")] if "\nStackFrames" in text else ""
-    files = {int(n): f for n, f in re.findall(r'^(\d+) "(.*)"$', head.partition("FunctionNames")[0], re.M)}
+    files = {int(n): _short(f) for n, f in re.findall(r'^(\d+) "(.*)"$', head.partition("FunctionNames")[0], re.M)}
     located = re.findall(r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)", head, re.M)
     places = {int(n): f"{files.get(int(f), '')}:{line}" for n, f, line in located}
     framed = re.findall(r"^(\d+) \{file_location_id=(\d+)", head, re.M)
     return {int(n): places.get(int(place), "") for n, place in framed}
+
+
+def _short(path: str) -> str:
+    """A source path from the working directory or the installed packages on; others whole."""
+    here = os.getcwd() + os.sep
+    return path.removeprefix(here) if path.startswith(here) else path.rpartition("/site-packages/")[2]
 
 
 def _closing(text: str, opening: int) -> int:
@@ -384,5 +408,6 @@ def _closing(text: str, opening: int) -> int:
     raise ShardingError(f"unbalanced brackets in the HLO line {text[:80]!r}.")
 
 
-def _ints(text: str) -> tuple[int, ...]:
+def ints(text: str) -> tuple[int, ...]:
+    """Comma-separated integers."""
     return tuple(int(i) for i in text.split(",") if i)
