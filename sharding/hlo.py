@@ -127,7 +127,7 @@ class Module:
 
     @functools.cached_property
     def callers(self) -> dict[str, list[Instruction]]:
-        """Instructions that run each computation, then those that run theirs."""
+        """Instructions that run each computation, then those that run theirs, each with its asynchronous neighbours."""
         direct: dict[str, list[tuple[str, Instruction]]] = {}
         for computation in self.computations.values():
             for instruction in computation.instructions.values():
@@ -136,13 +136,22 @@ class Module:
         found = {}
         for name, sites in direct.items():
             outer = [site for caller, _ in sites for site in direct.get(caller, [])]
-            found[name] = [instruction for _, instruction in sites + outer if instruction.op != "while"]
+            found[name] = [near for caller, i in sites + outer if i.op != "while" for near in self._near(caller, i)]
         return found
+
+    def _near(self, name: str, instruction: Instruction) -> list[Instruction]:
+        """An instruction and, where it starts something asynchronous, those that hand it operands and read it."""
+        computation, near = self.computations[name], [instruction]
+        while near[-1].op.endswith(("-start", "-update")) and computation.users[near[-1].name]:
+            near.append(computation.users[near[-1].name][0])
+        given = [computation.instructions[n] for i in near[1:] for n in i.operands if i.op.endswith("-update")]
+        return near + given + (computation.users[near[-1].name] if len(near) > 1 else [])
 
     def calls(self, caller: Computation, instruction: Instruction) -> list[Call]:
         """Computations that one execution of `instruction` runs; the scalar functions of reductions are left out."""
         if instruction.op == "while":
-            trips = self.trip_count(caller, instruction) or 1
+            trips = self.trip_count(caller, instruction)
+            trips = 1 if trips is None else trips
             return [Call(instruction.attribute("body"), trips), Call(instruction.attribute("condition"), trips + 1)]
         if instruction.op == "fusion":
             return [Call(instruction.attribute("calls"), 1, fused=True)]

@@ -181,4 +181,4 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
 
 def _explicit(text: str) -> list[list[int]]:
     groups = text[1 : text.index("}}") + 1]
-    return [hlo.ints(group) for group in re.findall(r"\{([\d,]*)\}", groups)]
+    return [list(hlo.ints(group)) for group in re.findall(r"\{([\d,]*)\}", groups)]
