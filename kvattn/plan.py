@@ -32,6 +32,9 @@ DEFAULT_MESHES = {
 }  # fmt: skip
 A_HAIR = 0.05  # a difference in time that the model cannot tell: it knows no latencies
 
+# GPT-NeoX blocks are parallel in form but norm the stream twice, so it is gathered, and summed into, twice.
+_RESIDUALS = {"serial": "serial", "parallel_palm": "parallel", "parallel_neox": "serial", "ladder": "ladder"}
+
 
 # --- a config as a workload ----------------------------------------------------------------------------
 
@@ -63,11 +66,12 @@ def workload(cfg: ModelConfig, cache: CacheConfig, *, weights: str = "bfloat16",
         layers=tuple(dataclasses.replace(one, count=n) for one, n in count.items()),
         tied=cfg.tied_embeddings,
         gates=2 if "gate" in model.layer_specs(cfg, 0)["mlp"] else 1,
-        residual=cfg.residual.partition("_")[0],
+        residual=_RESIDUALS[cfg.residual],
         extra=spec.count(model.param_specs(cfg)["final_norm"]),
         weight_bytes=cost.WEIGHT_BYTES[weights],
         kv_bits=bits,
         kv_scale_bytes=scale,
+        norm_means=1 if cfg.norm == "rmsnorm" else 2,
     )
 
 
@@ -92,6 +96,8 @@ def _layer(cfg: ModelConfig, cache: CacheConfig, layer: int) -> cost.Layer:
         visible=mask.window + mask.sinks,
         slots=ring[0] if ring[1] else 0,
         extra=everything - placed,
+        norms=sum(name.endswith("_norm") for name in specs),
+        kv_norm="kv_norm" in specs,
         **size,
     )
 

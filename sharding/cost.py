@@ -272,8 +272,8 @@ def _flops(work: Workload, layout: Layout, table: Rules, mesh, rows: int, batch:
 
 
 def _computed(table: Rules, one: str) -> tuple[str, ...]:
-    """Axes that the K or V projection is split over: batch, its weight's heads, and D where partial."""
-    heads = tuple(a for a in table[f"{one}_heads"] if a not in table["res_batch"])
+    """Axes that the K or V projection is split over: its own batch, its weight's heads, and D where partial."""
+    heads = tuple(a for a in table[f"{one}_heads"] if a not in table["act_batch"])
     return tuple({*table[f"{one}_batch"], *heads, *table["act_embed"]})
 
 
@@ -347,11 +347,11 @@ def _activation_memory(work: Workload, table: Rules, mesh, rows: int, batch: int
     n = math.prod(mesh.values())
     reduced = table["act_embed"]
     cols = parts(table["act_batch"] + tuple(a for a in table["act_mlp"] if a not in reduced), mesh)
-    gathered = rows * work.d_model / parts(table["res_batch"] + reduced, mesh)
+    gathered = rows * work.d_model / parts(table["act_batch"] + reduced, mesh)
     hidden = rows * work.d_ff * work.gates / cols
     queries = rows * work.n_heads * max(work.q_dim + work.o_dim, 0) / cols
     inner = hidden + queries if work.residual == "parallel" else max(hidden, queries)
-    shard = max(max(layer.mlp_in / work.gates, layer.q) for layer in work.layers) / n if table["res_batch"] else 0
+    shard = max(max(layer.mlp_in / work.gates, layer.q) for layer in work.layers) / n if table["act_batch"] else 0
     logits = batch * work.vocab * 4 / parts(table["vocab"], mesh)
     layer = work.act_bytes * (2 * rows * work.d_model / n + gathered + inner) + 2 * shard * work.weight_bytes
     return max(layer, logits)

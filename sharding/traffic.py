@@ -2,12 +2,14 @@
 
 They follow from the rule table of `sharding.layouts` by one rule: an axis that a dim loses is an all-gather, one that a
 partial sum gains a reduce-scatter, one that goes from one dim to another an all-to-all, one that a whole dim gains is
-free. For the MLP this gives the closed forms of Pope et al., arXiv 2211.05102, sections 3.1 to 3.3:
+free; in the order of `sharding.manual`, so that a pass moves here what the written-out program moves (a test compares
+the two, collective by collective). For the MLP this gives the closed forms of Pope et al., arXiv 2211.05102, sections
+3.1 to 3.3:
 
     >>> volume_elements("ws_2d", 1, 16384, 65536, (4, 4, 4)).total      # 2 (E/X + F/(YZ)) per token
     16384.0
 
-Not modelled: the few bytes per token of a norm's mean over a split width, and the fixed latency of a collective.
+Not modelled: the fixed latency of a collective, and q/k norms over all heads.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from sharding.layouts import AXES, Layout, parts
 from sharding.rules import Rules, ShardingError
 from sharding.workload import Layer, Workload
 
-PURPOSES = ("ffn", "weights", "attention", "resharding", "kv", "merge", "logits")
+PURPOSES = ("ffn", "weights", "attention", "resharding", "kv", "merge", "norm", "logits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +132,9 @@ def _one(purpose: str, kind: str, axes, mesh: Mapping[str, int], elements: float
 def residual_pair(purpose: str, table: Rules, mesh: Mapping[str, int], elements: float) -> list[Collective]:
     """The residual stream gathered in front of the input matmuls and scattered behind the output matmuls:
     `elements` = B T D in all."""
-    axes = _without(table["res_embed"], table["act_embed"])
-    here = elements / parts(table["res_batch"] + table["act_embed"], mesh)
+    inside = table["act_batch"] + table["act_embed"]
+    axes = _without(table["res_batch"] + table["res_embed"], inside)
+    here = elements / parts(inside, mesh)
     return [
         *_one(purpose, "all_gather", axes, mesh, here, edge=True),
         *_one(purpose, "reduce_scatter", axes, mesh, here, edge=True),
@@ -149,7 +152,7 @@ def mlp(table: Rules, mesh: Mapping[str, int], tokens: float, d_ff: int, gates: 
 
 def gather_weights(table: Rules, mesh: Mapping[str, int], dim: str, elements: float) -> list[Collective]:
     """A weight [D, `dim`] of `elements`, gathered over the axes that the batch is split over."""
-    stored, gone = table["embed"] + table[dim], table["res_batch"]
+    stored, gone = table["embed"] + table[dim], table["act_batch"]
     left = elements / parts(_without(stored, gone), mesh)
     axes = [a for a in AXES if a in gone and a in stored]
     return _one("weights", "all_gather", axes, mesh, left, dtype="weight")
@@ -157,87 +160,133 @@ def gather_weights(table: Rules, mesh: Mapping[str, int], dim: str, elements: fl
 
 def attention(work: Workload, layout: Layout, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
     """Queries and outputs of `tokens` = B x T tokens: partial sums, the way to the cache's layout and back, and the
-    merge of partial softmaxes over kv_seq. `fresh`: attention inside the pass's own tokens, where queries stay."""
+    merge of partial softmaxes over kv_seq. `fresh`: attention inside the pass's own tokens."""
     rows, reduced = tokens * work.n_heads, table["act_embed"]
-    native = _place(table, batch="act_batch", heads="act_q_heads")
+    made = _place(table, batch="act_batch", heads="act_q_heads")
     here = rows / parts(table["act_batch"] + _without(table["act_q_heads"], reduced), mesh)
     out = [
         *_one("attention", "reduce_scatter", reduced, mesh, here * work.q_dim),
         *_one("attention", "all_gather", reduced, mesh, here * work.o_dim),
     ]
+    score, value = rows * (work.score_dim or work.q_dim), rows * (work.value_dim or work.o_dim)
     if fresh:
         there = _place(table, batch="fresh_batch", heads="fresh_heads")
-        return out + reshard("resharding", rows * _score(work), native, there, mesh)
-    there = _place(table, batch="attn_batch", heads="attn_heads")
-    purpose = "merge" if layout.kv_seq else "resharding"
-    out += reshard("resharding", rows * _score(work), native, there, mesh, gather=purpose)
-    partial = rows / parts(tuple(there), mesh)
-    out += _one("merge", "reduce_scatter", layout.kv_seq, mesh, partial * _value(work), dtype="float32")
-    out += _one("merge", "all_reduce", layout.kv_seq, mesh, partial, dtype="float32", count=2)  # maxima and sums
-    scattered = there | {a: native[a] for a in layout.kv_seq if a in native}
-    return out + reshard("resharding", rows * _value(work), scattered, native, mesh)
+        return out + reshard("resharding", score, made, there, mesh) + reshard("resharding", value, there, made, mesh)
+    there, back = (_place(table, batch="attn_batch", heads=name) for name in ("attn_heads", "attn_out_heads"))
+    out += reshard("resharding", score, made, there, mesh, gather="merge" if layout.kv_seq else "")
+    if layout.kv_seq:
+        partial = rows / parts(table["attn_batch"] + table["attn_heads"], mesh)
+        out += _one("merge", "all_reduce", layout.kv_seq, mesh, partial, dtype="float32", count=2)  # maxima and sums
+        out += reduce("merge", value, layout.kv_seq, there, back, mesh, dtype="float32")
+    return out + reshard("resharding", value, back, made, mesh)
 
 
 def kv(layer: Layer, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
     """New entries of an owner, from the projection to the cache: B x T tokens, `fresh` ones also to every query."""
-    out, reduced = [], table["act_embed"]
+    out, reduced, gone = [], table["act_embed"], table["act_batch"]
     for name, heads, dim in layer.leaves:
         one, elements = ("v" if name == "v" else "k"), tokens * heads * dim
-        source = _place(table, batch=f"{one}_batch", heads=f"act_{one}_heads")
-        before = parts(_without(tuple(source), reduced), mesh)
-        out += _one("kv", "reduce_scatter", [a for a in reduced if a in source], mesh, elements / before)
-        out += _one("kv", "all_reduce", [a for a in reduced if a not in source], mesh, elements / before)
-        target = _place(table, batch="cache_batch", heads="cache_heads", **({"slots": "cache_length"} if fresh else {}))
-        store = reshard("kv", elements, source, target, mesh)
+        projected = {"batch": gone, "heads": _without(table[f"{one}_heads"], gone)}
+        made = _place(table, batch=f"{one}_batch", heads=f"act_{one}_heads")
+        out += reduce("kv", elements, reduced, projected, made, mesh)
+        out += reshard("kv", elements, made, _place(table, batch="cache_batch", heads="cache_heads"), mesh)
         if fresh:
-            whole = _place(table, batch="fresh_batch", heads=f"fresh_{one}_heads")
-            out += reshard("kv", elements, source, whole, mesh)
-            store = min(store, reshard("kv", elements, whole, target, mesh), key=lambda way: sum(c.wire for c in way))
-        out += store
+            out += reshard("kv", elements, made, _place(table, batch="fresh_batch", heads=f"fresh_{one}_heads"), mesh)
     return out
 
 
 def ends(work: Workload, table: Rules, mesh, batch: int, tokens: int) -> list[Collective]:
-    """Embedding rows summed over the vocabulary's axes and brought to the residual's layout; the last tokens'
-    residual gathered over all but the embedding's D axes, and their logits' partial sums scattered."""
-    rows = {a: "embed" for a in table["embed"]} | {a: "embed" for a in table["vocab"]}
+    """Embedding rows summed over the vocabulary's axes into the residual's layout; the last norm; the last tokens'
+    residual gathered for the logits, whose partial sums are scattered in float32."""
+    rows = {"batch": (), "embed": table["embed"]}
     residual = _place(table, batch="res_batch", embed="res_embed")
-    last = {a: "embed" for a in table["embed"]}
-    summed = tokens * work.d_model / parts(table["embed"], mesh)
-    logits = batch * work.vocab / parts(table["vocab"], mesh)
+    last = _place(table, batch="logit_batch", embed="logit_embed")
+    logits = batch * work.vocab / parts(table["vocab"] + table["logit_batch"], mesh)
     return [
-        *_one("logits", "reduce_scatter", table["vocab"], mesh, summed),
-        *reshard("logits", tokens * work.d_model, rows, residual, mesh),
+        *reduce("logits", tokens * work.d_model, table["vocab"], rows, residual, mesh),
+        *norms(1, work, table, mesh, tokens),
         *reshard("logits", batch * work.d_model, residual, last, mesh),
-        *_one("logits", "reduce_scatter", table["embed"], mesh, logits, dtype="float32"),
+        *_one("logits", "reduce_scatter", table["logit_embed"], mesh, logits, dtype="float32"),
     ]
 
 
-def reshard(purpose: str, elements: float, source: dict, target: dict, mesh, *, gather: str = "") -> list[Collective]:
-    """From one placement {mesh axis: dim} of an array of `elements` to another: slices first (free), then what
-    changes dims, then what is gathered (named `gather` if given)."""
-    moved = tuple(a for a in AXES if a in source and a in target and source[a] != target[a])
-    lost = tuple(a for a in AXES if a in source and a not in target)
-    return [
-        *_one(purpose, "all_to_all", moved, mesh, elements / parts(tuple(source | target), mesh)),
-        *_one(gather or purpose, "all_gather", lost, mesh, elements / parts(tuple(target), mesh)),
-    ]
+def norms(count: int, work: Workload, table: Rules, mesh, tokens: int) -> list[Collective]:
+    """The means over a split D of `count` norms."""
+    here = tokens / parts(table["res_batch"], mesh)
+    means = count * work.norm_means
+    return _one("norm", "all_reduce", table["res_embed"], mesh, here, dtype="float32", count=means) if means else []
 
 
-def _place(table: Rules, **names: str) -> dict[str, str]:
-    return {axis: dim for dim, name in names.items() for axis in table[name]}
+# --- from one placement to another ---------------------------------------------------------------------
+
+Placement = dict[str, tuple[str, ...]]  # dim -> mesh axes that split it; both sides of a move name the same dims
+
+
+def reshard(
+    purpose: str, elements: float, have: Placement, want: Placement, mesh, *, gather: str = "", dtype: str = "act"
+) -> list[Collective]:
+    """An array of `elements` from one placement to another, step for step as `manual.reshard`; gathers are counted
+    under `gather` if given."""
+    now, out = dict(have), []
+    wanted = {a for axes in want.values() for a in axes}
+    leaving = {a: dim for dim, axes in have.items() for a in axes if a not in want[dim]}
+
+    def here() -> float:
+        return elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
+
+    def gathered(dim: str, kept) -> None:
+        gone, now[dim] = _without(now[dim], kept), tuple(a for a in now[dim] if a in kept)
+        out.extend(_one(gather or purpose, "all_gather", gone, mesh, here(), dtype=dtype))
+
+    for dim in want:
+        added = list(_without(want[dim], now[dim]))
+        if added:
+            gathered(dim, wanted)
+        while added:
+            source = leaving.get(added[0])
+            run = [added.pop(0)]
+            if source is not None:
+                while added and leaving.get(added[0]) == source:
+                    run.append(added.pop(0))
+                gathered(source, wanted)
+                out += _one(purpose, "all_to_all", run, mesh, here(), dtype=dtype)
+                now[source] = _without(now[source], run)
+                leaving = {a: d for a, d in leaving.items() if a not in run}
+            now[dim] += tuple(run)
+    for dim in want:
+        gathered(dim, want[dim])
+    return out
+
+
+def reduce(
+    purpose: str, elements: float, partial, have: Placement, want: Placement, mesh, *, dtype: str = "act"
+) -> list[Collective]:
+    """A sum over `partial` ended in another placement, step for step as `manual.reduce`."""
+    out = []
+    leaving = [a for dim, axes in have.items() for a in axes if a not in want[dim]]
+    if leaving:
+        first = {d: tuple(a for a in axes if a in have[d] or a in leaving) for d, axes in want.items()}
+        out, have = reshard(purpose, elements, have, first, mesh, dtype=dtype), first
+    now, scattered = dict(have), []
+    for dim in want:
+        held = [a for axes in now.values() for a in axes]
+        now[dim] += tuple(a for a in want[dim] if a not in partial and a not in held)
+        into = tuple(a for a in want[dim] if a in partial and a not in now[dim])
+        here = elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
+        out += _one(purpose, "reduce_scatter", into, mesh, here, dtype=dtype)
+        now[dim] += into
+        scattered += into
+    here = elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
+    out += _one(purpose, "all_reduce", _without(partial, scattered), mesh, here, dtype=dtype)
+    return out + reshard(purpose, elements, now, want, mesh, dtype=dtype)
+
+
+def _place(table: Rules, **names: str) -> Placement:
+    return {dim: tuple(table[name]) for dim, name in names.items()}
 
 
 def _without(axes, gone) -> tuple[str, ...]:
     return tuple(a for a in axes if a not in gone)
-
-
-def _score(work: Workload) -> int:
-    return work.score_dim or work.q_dim
-
-
-def _value(work: Workload) -> int:
-    return work.value_dim or work.o_dim
 
 
 def of_pass(work: Workload, layout: Layout, table: Rules, mesh, *, batch: int, tokens: int, context: int) -> tuple:
@@ -250,8 +299,10 @@ def of_pass(work: Workload, layout: Layout, table: Rules, mesh, *, batch: int, t
             *mlp(table, mesh, rows, work.d_ff, work.gates),
             *attention(work, layout, table, mesh, rows, fresh),
         ]
-        if work.residual != "parallel":
-            one += residual_pair("attention", table, mesh, rows * work.d_model)
+        pair = residual_pair("attention", table, mesh, rows * work.d_model)
+        one += norms(layer.norms, work, table, mesh, rows)
+        one += [] if work.residual == "parallel" else pair
+        one += pair[:1] if layer.kv_norm else []  # the owner's K, V read the stream through a norm of their own
         if layer.owner:
             one += kv(layer, table, mesh, rows, fresh)
         for dim, elements in (("mlp", layer.mlp_in), ("mlp", layer.mlp_out), ("q_heads", layer.q),

@@ -17,7 +17,7 @@ WEIGHT_BYTES = {"bfloat16": 2, "int8": 1}  # int8: one scale per output channel,
 class Layer:
     """`count` layers that are alike. Elements of the weights q, k, v, o, of all mlp-in matrices together (one or two)
     and of mlp-out; k and v are 0 in a layer that reads another's cache. `extra` elements (norms, biases) are held by
-    every chip.
+    every chip; `norms`: norms over D; `kv_norm`: one of them is in front of k and v alone.
 
     leaves   (name, heads, dim) of the cache the layer reads, its own or its owner's
     visible  keys that a query sees, window and sinks together; 0 = all
@@ -36,6 +36,8 @@ class Layer:
     visible: int = 0
     slots: int = 0
     extra: int = 0
+    norms: int = 2
+    kv_norm: bool = False
 
     @property
     def elements(self) -> int:
@@ -57,7 +59,7 @@ class Workload:
     widths that attention multiplies per key, C + R and C for an absorbed latent (0 = q_dim, o_dim). `gates`: mlp-in
     matrices, 2 when gated. `residual`: serial, parallel (attention and MLP read one input and add into one sum) or
     ladder (a module's reduction is awaited only after the next module). `counted_params`: N of the 2N FLOPs per
-    token in MFU, without padded heads (0 = all parameters)."""
+    token in MFU, without padded heads (0 = all parameters). `norm_means`: means over D in a norm, 1 (RMS) or 2."""
 
     d_model: int
     d_ff: int
@@ -77,6 +79,7 @@ class Workload:
     kv_bits: int = 16
     kv_scale_bytes: int = 0
     counted_params: int = 0
+    norm_means: int = 1
 
     @property
     def n_params(self) -> int:

@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import math
+import types
 
 import pytest
 
 from configs.sizes import size
-from kvattn import account, launch, plan
+from kvattn import account, launch, plan, sharded
 from kvattn.config import CacheConfig, MaskConfig
-from sharding import ShardingError, cost, layouts
+from sharding import ShardingError, cost, layouts, topology
 from sharding.hardware import CHIPS
 from sharding.layouts import FFN_LAYOUTS, Layout, parse
 from tests import tiny
@@ -114,6 +115,9 @@ def test_decode_step_bytes_by_hand(residual):
     work = dataclasses.replace(palm(), residual=residual)
     got = decode(work, "ws_2d/by_batch:xyz", (X, Y, Z), batch=B).interconnect_bytes
     pair = 2 * B * E / X * ring(Y * Z)
+    mesh = types.SimpleNamespace(shape={"x": X, "y": Y, "z": Z})
+    table = sharded.rules_for(size("palm-540b", n_heads=N), parse("ws_2d/by_batch:xyz"), mesh, B)
+    rows = math.prod(mesh.shape[a] for a in table["res_batch"])  # pieces of the batch between blocks
     want = {
         "ffn": 2 * L * (pair + 3 * B * F / (Y * Z) * ring(X)),
         "attention": 2 * L * (2 * B * N * H / (Y * Z) * ring(X) + (pair if residual == "serial" else 0)),
@@ -121,6 +125,7 @@ def test_decode_step_bytes_by_hand(residual):
         "kv": 2 * L * 2 * B * H / (Y * Z) * ring(X),  # batch sliced over y, z before the sum over x
         "weights": 0,
         "merge": 0,
+        "norm": 4 * 2 * (L + 1) * 2 * B / rows * ring(n // rows),  # LayerNorm: two means, one norm a block
         # rows summed over y, z and scattered to the residual; last rows gathered; logits' sums scattered, float32
         "logits": 2 * 2 * B * E / X * ring(Y * Z) + 4 * B * W / (Y * Z) * ring(X),
     }
@@ -377,9 +382,15 @@ def test_links_of_its_own_axes_only():
 
 
 def test_chips_and_slices_agree():
-    """The chip table's torus and size are those that `experiments.launch` builds slices from."""
+    """The chip table's torus and size are those that slices are compiled and launched with."""
     for name, tpu in launch.TPUS.items():
-        assert (CHIPS[name].torus_axes, CHIPS[name].max_chips) == (tpu.rank, tpu.largest)
+        assert CHIPS[name].max_chips == tpu.largest
+        for axes in (2, 3):
+            if axes == CHIPS[name].torus_axes:
+                assert topology.parse_slice(f"{name}:{'x'.join('4' * axes)}").chips == 4**axes
+            else:
+                with pytest.raises(ShardingError, match=f"of {CHIPS[name].torus_axes} chip counts"):
+                    topology.parse_slice(f"{name}:{'x'.join('4' * axes)}")
     for name in launch.GPUS:
         assert (CHIPS[name].torus_axes, CHIPS[name].max_chips) == (0, launch.GPUS_PER_NODE)
 

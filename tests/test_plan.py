@@ -118,7 +118,7 @@ def test_workload_reads_every_axis():
     got = [(layer.count, layer.owner, layer.visible, layer.slots, layer.k > 0)
            for layer in plan.workload(cfg, CacheConfig(kinds=("by_mask",))).layers]  # fmt: skip
     assert got == [(1, True, 7, 7, True), (1, False, 7, 7, False), (1, True, 0, 0, True), (1, False, 0, 0, False)]
-    assert plan.workload(tiny.config(residual="parallel_neox"), BF16).residual == "parallel"
+    assert plan.workload(tiny.config(residual="parallel_palm"), BF16).residual == "parallel"
     assert plan.workload(tiny.config(residual="serial"), BF16, weights="int8").weight_bytes == 1
     assert plan.workload(tiny.config(mlp="gelu"), BF16).gates == 1
     assert plan.workload(tiny.CASES["tied_kv"], BF16).layers[0].leaves == (("k", 3, 10),)
