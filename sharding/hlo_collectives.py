@@ -89,13 +89,15 @@ def _meaning(module: hlo.Module, computation: hlo.Computation, reduce: hlo.Instr
     """all-gather, reduce-scatter or all-reduce: what an all-reduce is for."""
     if len(reduce.operands) != 1:
         return "all-reduce"
-    value = computation.instructions[reduce.operands[0]]
-    scope = computation
+    value, scope, outer = computation.instructions[reduce.operands[0]], computation, {}
     if value.op == "fusion":
         scope = module.computations[value.attribute("calls")]
+        outer = {parameter.name: value.operands[n] for n, parameter in scope.parameters.items()}
         value = scope.root
-    if value.op == "dynamic-update-slice" and _is_zeros(scope, value.operands[0]):
-        return "all-gather"
+    if value.op == "dynamic-update-slice":
+        into = value.operands[0]
+        if _is_zeros(computation, outer[into]) if into in outer else _is_zeros(scope, into):
+            return "all-gather"
     return "reduce-scatter" if _only_sliced(module, computation, reduce.name) else "all-reduce"
 
 

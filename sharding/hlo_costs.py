@@ -108,8 +108,10 @@ def _operation(module, computation, instruction, runs: float) -> Operation:
         read = written
     else:
         flops = _flops(computation, instruction)
-    if instruction.op in _PREFETCH:  # the result tuple holds destination, source and a semaphore
-        read = written = instruction.arrays[0].nbytes
+    arrays = instruction.arrays
+    if instruction.op in _PREFETCH:  # (destination, source, semaphore) or ((source), destination, semaphore)
+        arrays = arrays[:1] if instruction.op == "copy-start" else arrays[1:2]
+        read = written = arrays[0].nbytes
     op_name, source = module.place(computation, instruction)
     return Operation(
         name=instruction.name,
@@ -120,7 +122,7 @@ def _operation(module, computation, instruction, runs: float) -> Operation:
         read=read,
         written=written,
         flops=flops,
-        arrays=instruction.arrays,
+        arrays=arrays,
         operands=operands,
         in_place=in_place,
         op_name=op_name,

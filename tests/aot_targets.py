@@ -1,0 +1,114 @@
+"""Programs that tests compile in a child of `sharding.aot`: target(mesh, **kwargs) -> Program."""
+
+import dataclasses
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+YZ, XYZ = ("y", "z"), ("x", "y", "z")
+
+
+@dataclasses.dataclass
+class Program:
+    """What a target returns."""
+
+    fn: Any
+    args: tuple
+    donate_argnums: tuple[int, ...] = ()
+
+
+def abstract(mesh, shape, *spec, dtype="bfloat16"):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*spec)))
+
+
+def collectives(mesh, rows: int, columns: int):
+    """One of each kind, written by hand; a and the result are whole on every chip."""
+
+    def body(a):
+        gathered = lax.all_gather(a, YZ, axis=1, tiled=True)  # [rows, YZ columns]
+        scattered = lax.psum_scatter(jnp.sin(gathered), "x", scatter_dimension=1, tiled=True)
+        moved = lax.all_to_all(scattered, YZ, split_axis=1, concat_axis=0, tiled=True)
+        summed = lax.psum(moved, "z")
+        return lax.ppermute(summed, "y", [(i, (i + 1) % mesh.shape["y"]) for i in range(mesh.shape["y"])])
+
+    fn = jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    return Program(fn, (abstract(mesh, (rows, columns)),))
+
+
+def gather(mesh, rows: int, columns: int):
+    """BE_xyz -> BE with the activations' last dimension sharded: `columns` per chip."""
+
+    def fn(a, w):
+        return lax.with_sharding_constraint(a, NamedSharding(mesh, P())) @ w
+
+    n = mesh.size * columns
+    return Program(fn, (abstract(mesh, (rows, n), None, XYZ), abstract(mesh, (n, 128 * mesh.size), None, XYZ)))
+
+
+def mlp(mesh, layers: int, fused: bool = False, scan: bool = True, width: int = 16384):
+    """A decode MLP of 64 tokens, F over yz: gate and up as two matrices, or fused in one [D, 2, F]."""
+    D, B = 4096, 64
+
+    def whole(v):
+        return lax.with_sharding_constraint(v, NamedSharding(mesh, P()))
+
+    def layer(x, weights):
+        if fused:
+            both = jnp.einsum("bd,dgf->bgf", x, weights[0])
+            gate, up = both[:, 0], both[:, 1]
+        else:
+            gate, up = x @ weights[0], x @ weights[1]
+        return x + whole((jax.nn.silu(gate) * up) @ weights[-1]), None
+
+    def fn(x, weights):
+        if scan:
+            return lax.scan(layer, x, weights)[0]
+        for i in range(layers):
+            x, _ = layer(x, jax.tree.map(lambda w: w[i], weights))  # noqa: B023
+        return x
+
+    down = abstract(mesh, (layers, width, D), None, YZ)
+    wide = abstract(mesh, (layers, D, width), None, None, YZ)
+    into = (abstract(mesh, (layers, D, 2, width), None, None, None, YZ),) if fused else (wide, wide)
+    return Program(fn, (abstract(mesh, (B, D)), (*into, down)))
+
+
+def cache_step(mesh, donate: bool):
+    """One token into a [B, S, H] cache over the batch, then one attention over it."""
+    B, S, H = 16 * mesh.size, 2048, 128
+
+    def fn(cache, q, k, at):
+        cache = lax.dynamic_update_slice(cache, k[:, None], (0, at, 0))
+        weights = jax.nn.softmax(jnp.einsum("bh,bsh->bs", q, cache).astype(jnp.float32), axis=-1)
+        return cache, jnp.einsum("bs,bsh->bh", weights.astype(jnp.bfloat16), cache)
+
+    row = abstract(mesh, (B, H), XYZ)
+    args = (abstract(mesh, (B, S, H), XYZ), row, row, abstract(mesh, (), dtype="int32"))
+    return Program(fn, args, donate_argnums=(0,) if donate else ())
+
+
+def matmul(mesh, rows: int, inner: int, columns: int):
+    """[rows, inner] x [inner, columns] on every chip."""
+    return Program(lambda a, b: a @ b, (abstract(mesh, (rows, inner)), abstract(mesh, (inner, columns))))
+
+
+def environment(mesh, name: str):
+    """Fails with what the child's environment holds."""
+    raise ValueError(f"{name}={os.environ.get(name)} devices={jax.device_count()} mesh={mesh.size}")
+
+
+def fatal(mesh, message: str = ""):
+    """Dies as libtpu does on a failed check."""
+    if message:
+        os.write(2, f"F1121 06:11:50.792043   18451 {message}\n".encode())
+    os.abort()
+
+
+def sleep(mesh, seconds: float):
+    time.sleep(seconds)
