@@ -144,6 +144,25 @@ def test_sequence_sharded_decode_merges_partial_softmax():
     assert p.cache_memory == 2 * 2 * B * 4096 * H * L / n
 
 
+def test_what_is_written_and_held_by_hand():
+    """PaLM 540B, 4 x 4 x 4: one decoded token goes to one chip of kv_seq; a prompt is spread over all of them. The peak
+    of a parallel block: residual in and out, its gathered copy, the MLP's and the queries' partial sums."""
+    work, B, T, L, H, E, F, N, n = palm(), 3, 2048, 118, 256, 18432, 73728, 64, 64
+    token = 2 * 2 * H * L * B
+    assert decode(work, "ws_2d/by_seq:xyz", batch=B).hbm_bytes["kv_written"] == token
+    p = prefill(work, "ws_2d/by_seq:xyz", batch=B)
+    assert p.hbm_bytes["kv_written"] == token * T / n
+    assert p.hbm_bytes["kv_read"] == token * T  # inside the prompt every chip reads all of it
+    rows = B * T
+    assert p.activation_memory == 2 * rows * (2 * E / n + E / 4 + 2 * F / 16 + 2 * N * H / 16)
+    serial = prefill(dataclasses.replace(work, residual="serial"), "ws_2d/by_seq:xyz", batch=B)
+    assert serial.activation_memory == 2 * rows * (2 * E / n + E / 4 + 2 * F / 16)
+    gathered = prefill(work, "wg_xyz/by_batch:xyz", batch=64)
+    rows = 64 * T
+    shards = 2 * 2 * E * F / n  # two matrices in flight, of two bytes an element
+    assert gathered.activation_memory == 2 * rows * (2 * E + E + 2 * F + 2 * N * H) / n + shards
+
+
 def test_weight_gathered_prefill_gathers_every_weight():
     """WG-XYZ moves all matrices but the embedding, K and V (over x only), and no activations inside a layer."""
     p = prefill(palm(), "wg_xyz/by_batch:xyz", batch=128)
