@@ -98,8 +98,8 @@ def _collectives(analysis: Analysis, wanted: Expectations) -> Iterator[Finding]:
                 _place(c),
                 (c.wire_bytes - c.bytes) * c.runs,
                 "bytes",
-                f"gather over fewer mesh axes at once, give every chip a multiple of {LANES} of the sharded last dimension, "
-                "or shard another dimension",
+                f"gather over fewer mesh axes at once, give every chip a multiple of {LANES} of the sharded last "
+                "dimension, or shard another dimension",
             )
     if wanted.collectives is None:
         return

@@ -191,6 +191,22 @@ def test_report_survives_json(scanned):
     assert set(scanned.versions) == {"jax", "libtpu"} and scanned.compile_seconds > 0
 
 
+@pytest.mark.parametrize(
+    ("slice_name", "mesh"),
+    [("v5e:2x2", (1, 2, 2)), ("v5p:2x2x1", (1, 2, 2)), ("v6e:2x2", (1, 2, 2)), ("tpu7x:1x1x1", (1, 1, 2))],
+)
+def test_every_generation_compiles(compiler, slice_name, mesh):
+    answer = good(compiler.compile("tests.aot_targets:mlp", {"layers": 2, "width": 8192}, slice_name, mesh))
+    yz, axes = mesh[1] * mesh[2], tuple(a for a, n in zip("xyz", mesh) if n > 1)
+    assert answer.memory.arguments == 2 * (2 * 3 * 4096 * 8192 // yz + 64 * 4096)
+    assert sums(answer) == {("all-reduce", axes): (2, 2 * 2 * 2 * 64 * 4096)}
+    chip, clocks = CHIPS[slice_name.partition(":")[0]], answer.calibration
+    floor = answer.memory.arguments / chip.hbm_bandwidth * chip.devices_per_chip
+    # memory bound: above the data sheet's floor, less what the compiler keeps on the chip; and not far above
+    assert 0.8 * floor < answer.seconds < 3 * floor
+    assert max(clocks.copy_clock, clocks.matmul_clock) < 1.4 * clocks.clock
+
+
 # --- the doctor -------------------------------------------------------------------------------------------
 
 
@@ -211,7 +227,9 @@ def test_cache_copy_is_named_unless_updated_in_place(compiler, donate):
     job = ("tests.aot_targets:cache_step", {"donate": donate}, CUBE, MESH)
     answer = good(compiler.compile(*job, expectations=wanted))
     cache = 2 * math.prod(shape)
-    assert answer.memory.aliased == (cache if donate else 0)
+    memory = answer.memory
+    assert memory.aliased == (cache if donate else 0)
+    assert memory.total == memory.arguments + memory.temporaries + memory.code + memory.outputs - memory.aliased
     copies = [f for f in answer.findings if "copy of the cache" in f.what]
     assert len(copies) == (0 if donate else 1)
     assert donate or copies[0].cost == cache

@@ -124,7 +124,8 @@ backend_config={{"window_config":{{"estimated_cycles":"11"}}}}
   %q = (s32[], f32[8]{{0}}) parameter(0)
   %j = s32[] get-tuple-element(%q), index=0
   %limit = s32[] constant({limit})
-  ROOT %go = pred[] compare(%j, %limit), direction={direction}
+  ROOT %go = pred[] compare(%j, %limit), direction={direction}, \
+backend_config={{"window_config":{{"estimated_cycles":"2"}}}}
 }}
 
 ENTRY %main (a: f32[8]) -> f32[8] {{
@@ -159,7 +160,7 @@ def test_trip_counts(start, limit, step, direction, extra, trips):
     entry = module.computations["main"]
     assert module.trip_count(entry, entry.instructions["loop"]) == trips
     analysis = analyse(text, {"x": 1})
-    assert analysis.cycles()["compute"] == trips * 11
+    assert analysis.cycles()["compute"] == trips * 11 + (trips + 1) * 2  # the condition is asked once more
     assert [o.source for o in analysis.operations if o.op == "negate"] == ["model.py:7"]
 
 
@@ -167,8 +168,34 @@ def test_unknown_trip_count_is_said():
     text = LOOP.format(start=0, limit=5, step=1, direction="LT", extra="").replace("constant(5)", "custom-call()")
     analysis = analyse(text, {"x": 1})
     assert analysis.unknown_loops == ("loop",)
-    assert analysis.cycles()["compute"] == 11
+    assert analysis.cycles()["compute"] == 11 + 2 * 2
     assert any("no trip count" in f.what for f in diagnose(analysis, CHIPS["v4"], CLOCKS))
+
+
+def test_no_estimate_is_no_cycles():
+    # SparseCore operations print -1 as an unsigned number
+    text = LOOP.format(start=0, limit=5, step=1, direction="LT", extra="").replace('"11"', f'"{2**64 - 1}"')
+    assert analyse(text, {"x": 1}).cycles()["compute"] == 6 * 2
+
+
+def test_asynchronous_copies_are_counted_by_what_arrives():
+    text = """HloModule p, num_partitions=1
+
+ENTRY %main (a: bf16[48,128]) -> bf16[48,128] {
+  %a = bf16[48,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %s = ((bf16[48,128]{1,0:T(8,128)(2,1)}), bf16[16,128]{1,0:T(8,128)(2,1)S(1)}, s32[]) slice-start(%a), slice={[0:16]}
+  %sd = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%s)
+  %c = (bf16[48,128]{1,0:T(8,128)(2,1)S(1)}, bf16[48,128]{1,0:T(8,128)(2,1)}, u32[]) copy-start(%a)
+  ROOT %cd = bf16[48,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%c)
+}
+"""
+    analysis = analyse(text, {"x": 1})
+    assert analysis.prefetched_bytes() == 2 * 128 * (16 + 48)
+    # a cache brought on chip piece by piece is read, not copied; copied within HBM it is named
+    wanted = Expectations({}, caches=(((48, 128), "bf16"),))
+    assert not diagnose(analysis, CHIPS["v4"], CLOCKS, wanted)
+    (finding,) = diagnose(analyse(text.replace("S(1)", ""), {"x": 1}), CHIPS["v4"], CLOCKS, wanted)
+    assert "copy of the cache: c (copy-start) writes bf16[48,128]" in finding.what
 
 
 @pytest.mark.parametrize(
