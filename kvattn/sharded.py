@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvattn import cache as caches_lib
@@ -35,13 +36,30 @@ _CACHE = ("cache_batch", "cache_heads", "cache_length", "cache_dim")
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """fn(params, tokens, positions, caches) -> (logits[B,W] f32, caches), its abstract arguments with shardings, and
-    which of them to donate (the caches)."""
+    """fn(params, tokens, positions, caches) -> (logits[B,W] f32, caches), its abstract arguments with shardings, where
+    the results live, and which arguments to donate (the caches)."""
 
     fn: Callable
     args: tuple[Any, ...]
+    out_shardings: Any
     donate_argnums: tuple[int, ...]
     rules: Rules
+
+    def lower(self, free_layouts: bool = False) -> Any:
+        """`jax.jit(fn).lower(...)`, compiled to update the caches in place.
+
+        Where results live is said, so that each cache is paired with its own result: left open, XLA pairs donated
+        buffers with any result of their size, and copies. `free_layouts` lets the compiler choose how each weight
+        is tiled in memory (a checkpoint is loaded once, and decode would re-tile it in every step).
+        """
+        shardings = jax.tree.map(lambda a: a.sharding, self.args)
+        args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.args)
+        if free_layouts:
+            free = jax.tree.map(lambda s: Format(Layout.AUTO, s), shardings[0])
+            shardings = (free, *shardings[1:])
+        jitted = jax.jit(self.fn, in_shardings=shardings, out_shardings=self.out_shardings,
+                         donate_argnums=self.donate_argnums)
+        return jitted.lower(*args)
 
 
 def rules_for(
@@ -128,7 +146,8 @@ def build(
         jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), tree, place)
         for tree, place in zip((params, ids, ids, held), places, strict=True)
     )
-    return Program(fn, args, (3,), rules)
+    logits = NamedSharding(mesh, PartitionSpec(None, tuple(rules["act_vocab"]) or None))
+    return Program(fn, args, (logits, places[3]), (3,), rules)
 
 
 def _cache_spec(leaf: Any, rules: Rules, mesh: Mesh) -> PartitionSpec:

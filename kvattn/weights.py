@@ -39,11 +39,6 @@ class Int8:
         """An embedding table [W,D] with scale [W], as the [D,W] weight of the logits."""
         return Int8(self.values.T, self.scale)
 
-    def reshape(self, rows: int, cols: int) -> "Int8":
-        """As the one matrix [in, out] that a matmul takes."""
-        values = self.values.reshape(rows, cols)
-        return Int8(values, self.scale.reshape(values.shape[1]))
-
     def dequantize(self) -> jax.Array:
         """values * scale, of a weight [*in,*out]."""
         scale = self.scale.reshape((1,) * (self.values.ndim - self.scale.ndim) + self.scale.shape)
@@ -102,10 +97,12 @@ def abstract(cfg: ModelConfig, weights: str) -> Any:
     if weights != "int8":
         return spec.abstract(model.param_specs(_loop(cfg)), jnp.dtype(weights))
 
+    of = jax.ShapeDtypeStruct
+
     def one(s: Any) -> Any:
         if isinstance(s, Int8):
-            return Int8(jax.ShapeDtypeStruct(s.values.shape, jnp.int8), jax.ShapeDtypeStruct(s.scale.shape, jnp.bfloat16))
-        return jax.ShapeDtypeStruct(s.shape, jnp.bfloat16)
+            return Int8(of(s.values.shape, jnp.int8), of(s.scale.shape, jnp.bfloat16))
+        return of(s.shape, jnp.bfloat16)
 
     return jax.tree.map(one, quantized_specs(cfg), is_leaf=lambda s: isinstance(s, Int8 | ParamSpec))
 

@@ -184,12 +184,19 @@ def own_group(kv: jax.Array, q_heads: int, name: str) -> jax.Array:
 # --- matmuls -----------------------------------------------------------------------------------------------
 
 
-def dot(x: jax.Array, w: Any, out_dtype: Any = None) -> jax.Array:
-    """x[..., I] @ w[I, O] for an array or an int8 weight (values, scale[O]): the scale multiplies the product."""
+def _dot(x: jax.Array, w: Any, inner: int, flat: bool, out_dtype: Any) -> jax.Array:
+    """x[..., *in] @ w[*in, *out] for an array or an int8 weight, whose scale multiplies the product. `flat`: as one
+    [rows, in] x [in, out] matmul, which XLA:CPU runs faster; TPUs would copy a weight to flatten it."""
     scale = getattr(w, "scale", None)
-    values = w if scale is None else w.values.astype(x.dtype)
-    y = jnp.matmul(x, values, preferred_element_type=out_dtype)
-    return y if scale is None else y * scale.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    values, out = (w if scale is None else w.values.astype(x.dtype)), w.shape[inner:]
+    lead, size = x.shape[: x.ndim - inner], math.prod(w.shape[:inner])
+    if flat:
+        y = jnp.matmul(x.reshape(-1, size), values.reshape(size, -1), preferred_element_type=out_dtype)
+        y = y.reshape(lead + out)
+    else:
+        dims = (tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner)))
+        y = lax.dot_general(x, values, (dims, ((), ())), preferred_element_type=out_dtype)
+    return y if scale is None else y * scale.astype(y.dtype).reshape((1,) * len(lead) + out)
 
 
 def matmul(
@@ -204,10 +211,10 @@ def matmul(
     active = _manual()
     inner = len(have) - 2
     if active is None:
-        y = _flat(x, w, inner, lambda a, b: dot(a, b, out_dtype))
+        y = _dot(x, w, inner, True, out_dtype)
         return y if want is None else constrain(y, *want)
     return collective_matmul.matmul(
-        x, w, lambda a, b: dot(a, b, out_dtype), w_split=active.split(w_axes), have=active.split(have),
+        x, w, lambda a, b: _dot(a, b, inner, False, out_dtype), w_split=active.split(w_axes), have=active.split(have),
         want=None if want is None else active.split(want), mesh=active.mesh, overlap=active.overlap,
     )  # fmt: skip
 
@@ -273,11 +280,3 @@ def _rows(table: Any, tokens: jax.Array) -> jax.Array:
         return jnp.take(table, tokens, axis=0)
     rows = jnp.take(table.values, tokens, axis=0).astype(scale.dtype)
     return rows * jnp.take(scale, tokens, axis=0)[..., None]
-
-
-def _flat(x: jax.Array, w: Any, inner: int, product) -> jax.Array:
-    """One [rows, in] x [in, out] matmul."""
-    shape = w.shape
-    rows, cols = math.prod(shape[:inner]), math.prod(shape[inner:])
-    y = product(x.reshape(-1, rows), w.reshape(rows, cols))
-    return y.reshape(x.shape[: x.ndim - inner] + shape[inner:])

@@ -36,37 +36,35 @@ def matmul(
 
     Weights are gathered over the axes that split the batch of x, x over those that split its first in dim but not
     w's; what then still splits w's in dim is summed into `want` (or left open, `want=None`). `product(x, w)` is the
-    local [rows, in] x [in, out] matmul; w is an array or an int8 weight (.values, .scale).
+    local matmul over all in dims; w is an array or an int8 weight (.values, .scale).
     """
-    inner = len(have) - 2
-    gone = have[0]
-    w_left = tuple(tuple(a for a in axes if a not in gone) for axes in w_split)
-    summed, cols = w_left[0], w_left[inner]
-    gathered = tuple(a for a in gone if any(a in axes for axes in w_split))
+    inner, gone = len(have) - 2, have[0]
+    left = tuple(tuple(a for a in axes if a not in gone) for axes in w_split)
+    summed, cols = left[0], left[inner]
     ahead = tuple(a for a in have[2] if a not in summed)
-    shape = _gathered_shape(w, w_split, w_left, mesh)[inner:]
-    split = (*have[:2], cols, *((),) * (len(shape) - 1))
+    job = _Job(product, inner, mesh, overlap == "two_way")
     if overlap == "none":
-        x = manual.gather(x, 2, have[2], summed, mesh)
-        y = product(_rows(x, inner), _flat(gather_weight(w, w_split, w_left, inner, mesh), inner))
-    elif gathered:
-        x = manual.gather(x, 2, have[2], summed, mesh)
-        y = _weight_ring(_rows(x, inner), w, product, w_split, gone, inner, mesh, overlap == "two_way")
+        y = product(manual.gather(x, 2, have[2], summed, mesh), gather_weight(w, w_split, left, inner, mesh))
+    elif left != w_split:
+        y = weight_ring(manual.gather(x, 2, have[2], summed, mesh), w, w_split, gone, job)
     elif ahead:
-        ring = Ring(ahead, mesh, overlap == "two_way")
-        y = gather_matmul(_rows(x, inner), _flat(w, inner), product, ring)
+        y = gather_matmul(x, w, ahead, job)
     else:
-        into = () if want is None else tuple(a for a in want[2] if a not in cols)
-        ring = Ring(into, mesh, overlap == "two_way")
-        if into and into == tuple(a for a in want[2] if a in summed) and cols == want[2][: len(cols)]:
-            y = matmul_scatter(_rows(x, inner), _flat(w, inner), product, ring)
+        into = () if want is None else tuple(a for a in want[2] if a in summed and a not in cols)
+        if into and want[2] == cols + into:
+            y, cols = matmul_scatter(x, w, into, job), want[2]
             summed = tuple(a for a in summed if a not in into)
-            split = (*have[:2], want[2], *((),) * (len(shape) - 1))
-            shape = (shape[0] // ring.size, *shape[1:])
         else:
-            y = product(_rows(x, inner), _flat(w, inner))
-    y = y.reshape(*x.shape[:2], *shape)
+            y = product(x, w)
+    split = (*have[:2], cols, *((),) * (y.ndim - 3))
     return y if want is None else manual.reduce(y, summed, split, want, mesh)
+
+
+class _Job:
+    """What the rings share: the local matmul, how many in dims it has, the mesh, and whether to go both ways."""
+
+    def __init__(self, product, inner: int, mesh: Mapping[str, int], two_way: bool):
+        self.product, self.inner, self.mesh, self.two_way = product, inner, mesh, two_way
 
 
 def gather_weight(w: Any, have: Split, want: Split, inner: int, mesh: Mapping[str, int]) -> Any:
@@ -84,32 +82,14 @@ def gather_weight(w: Any, have: Split, want: Split, inner: int, mesh: Mapping[st
     return w.replace(values=values, scale=scale)
 
 
-def _gathered_shape(w: Any, have: Split, want: Split, mesh: Mapping[str, int]) -> tuple[int, ...]:
-    size = manual.ring_size
-    return tuple(n * size(old, mesh) // size(new, mesh) for n, old, new in zip(w.shape, have, want, strict=True))
-
-
-def _rows(x: jax.Array, inner: int) -> jax.Array:
-    """x[B,T,*in] -> [B T, in]."""
-    return x.reshape(x.shape[0] * x.shape[1], -1)
-
-
-def _flat(w: Any, inner: int) -> Any:
-    """w[*in,*out] -> [in, out]."""
-    rows = 1
-    for n in w.shape[:inner]:
-        rows *= n
-    return w.reshape(rows, -1)
-
-
 # --- rings -------------------------------------------------------------------------------------------------
 
 
 class Ring:
     """The chips along `axes`, in the order in which they split a dim."""
 
-    def __init__(self, axes: Axes, mesh: Mapping[str, int], two_way: bool):
-        self.axes, self.size, self.two_way = axes, manual.ring_size(axes, mesh), two_way
+    def __init__(self, axes: Axes, mesh: Mapping[str, int]):
+        self.axes, self.size = axes, manual.ring_size(axes, mesh)
 
     @property
     def me(self) -> jax.Array:
@@ -143,67 +123,65 @@ class Ring:
         return one(self.size - 1, carry, parts, True)[0]
 
 
-def gather_matmul(x: jax.Array, w: Any, product, ring: Ring) -> jax.Array:
-    """all_gather(x, over its columns) @ w: x[rows, I/K], w[I, O] -> [rows, O]. The shards of x travel."""
-    width = x.shape[1]
-    halves = ring.two_way and width % 2 == 0
+def gather_matmul(x: jax.Array, w: Any, axes: Axes, job: _Job) -> jax.Array:
+    """all_gather(x, over its first in dim) @ w: the shards of x[B,T,I/K,..] travel."""
+    ring, width = Ring(axes, job.mesh), x.shape[2]
+    halves = job.two_way and width % 2 == 0
     size = width // 2 if halves else width
 
     def body(carry, part, owner, which):
-        y = product(part, _take_rows(w, owner * width + which * size, size))
+        y = job.product(part, _take(w, owner * width + which * size, size, 0, job.inner))
         return y if carry is None else carry + y
 
-    return ring.walk(body, None, (x[:, :size], x[:, size:]) if halves else (x,))
+    return ring.walk(body, None, (x[:, :, :size], x[:, :, size:]) if halves else (x,))
 
 
-def matmul_scatter(x: jax.Array, w: Any, product, ring: Ring) -> jax.Array:
-    """reduce_scatter(x @ w, over its columns): x[rows, I], w[I, O] -> [rows, O/K]. The sums travel: at step t chip i
-    adds its share of what chip i + K - 1 - t shall hold and passes it on (sheet section 10)."""
-    width = w.shape[1] // ring.size
-    halves = ring.two_way and width % 2 == 0
+def matmul_scatter(x: jax.Array, w: Any, axes: Axes, job: _Job) -> jax.Array:
+    """reduce_scatter(x @ w, over its first out dim): the sums travel; at step t chip i adds its share of what chip
+    i + K - 1 - t shall hold and passes it on (sheet section 10)."""
+    ring = Ring(axes, job.mesh)
+    width = w.shape[job.inner] // ring.size
+    halves = job.two_way and width % 2 == 0
     size = width // 2 if halves else width
 
     def run(step, first):
         total = None
         for t in range(ring.size):
             owner = (ring.me + step * (ring.size - 1 - t)) % ring.size
-            share = product(x, _take_cols(w, owner * width + first, size))
+            share = job.product(x, _take(w, owner * width + first, size, job.inner, job.inner))
             total = share if total is None else ring.pass_on(total, -step) + share
         return total
 
-    return jnp.concatenate([run(1, 0), run(-1, size)], 1) if halves else run(1, 0)
+    return jnp.concatenate([run(1, 0), run(-1, size)], 2) if halves else run(1, 0)
 
 
-def _weight_ring(x, w, product, w_split, gone, inner, mesh, two_way) -> jax.Array:
-    """x[rows, I] @ gather(w): the shards of w travel round all chips that it is gathered over."""
+def weight_ring(x: jax.Array, w: Any, w_split: Split, gone: Axes, job: _Job) -> jax.Array:
+    """x @ all_gather(w): the shards of w travel round all chips that it is gathered over; each is multiplied with the
+    part of x that it meets, and added into its columns."""
+    inner, mesh = job.inner, job.mesh
     axes = tuple(a for a in gone if any(a in split for split in w_split))
     into = tuple(a for a in w_split[0] if a in axes)
     out = tuple(a for a in w_split[inner] if a in axes)
-    ring = Ring(axes, mesh, two_way)
-    flat = _flat(w, inner)
-    deep, wide = flat.shape
+    ring, deep, wide = Ring(axes, mesh), w.shape[0], w.shape[inner]
     ins, outs = manual.ring_size(into, mesh), manual.ring_size(out, mesh)
-    halves = ring.two_way and wide % 2 == 0
-    parts = tuple(_take_cols(flat, h * wide // 2, wide // 2) for h in (0, 1)) if halves else (flat,)
+    halves = job.two_way and wide % 2 == 0
+    size = wide // 2 if halves else wide
+    parts = tuple(_take(w, h * size, size, inner, inner) for h in (0, 1)) if halves else (w,)
+
+    def meet(part, owner):
+        row = _position(owner, axes, into, mesh)
+        return job.product(x if ins == 1 else lax.dynamic_slice_in_dim(x, row * deep, deep, 2), part)
 
     def body(carry, part, owner, which):
-        row, col = _position(owner, axes, into, mesh), _position(owner, axes, out, mesh)
-        mine = x if ins == 1 else lax.dynamic_slice_in_dim(x, row * deep, deep, 1)
-        y = product(mine, part)
-        start = col * wide + which * (wide // 2)
-        if carry is None:
-            carry = jnp.zeros((x.shape[0], outs * wide), y.dtype)
+        y = meet(part, owner)
         if outs == 1 and not halves:
             return carry + y
-        old = lax.dynamic_slice_in_dim(carry, start, y.shape[1], 1)
-        return lax.dynamic_update_slice_in_dim(carry, old + y, start, 1)
+        start = _position(owner, axes, out, mesh) * wide + which * size
+        old = lax.dynamic_slice_in_dim(carry, start, y.shape[2], 2)
+        return lax.dynamic_update_slice_in_dim(carry, old + y, start, 2)
 
-    return ring.walk(body, None if ring.size <= UNROLLED else _zeros(x, parts[0], product, outs * wide), parts)
-
-
-def _zeros(x: jax.Array, part: Any, product, width: int) -> jax.Array:
-    dtype = jax.eval_shape(lambda a, b: product(a[:, : b.shape[0]], b), x, part).dtype
-    return jnp.zeros((x.shape[0], width), dtype)
+    like = jax.eval_shape(lambda part: meet(part, ring.me), parts[0])
+    return ring.walk(body, jnp.zeros((*like.shape[:2], outs * wide, *like.shape[3:]), like.dtype), parts)
 
 
 def _position(owner: jax.Array, axes: Axes, subset: Axes, mesh: Mapping[str, int]) -> Any:
@@ -218,15 +196,9 @@ def _position(owner: jax.Array, axes: Axes, subset: Axes, mesh: Mapping[str, int
     return index
 
 
-def _take_rows(w: Any, start: Any, size: int) -> Any:
-    """Rows of w[I,O]; an int8 weight keeps its scale[O]."""
-    cut = lambda a: lax.dynamic_slice_in_dim(a, start, size, 0)  # noqa: E731
-    return w.replace(values=cut(w.values)) if hasattr(w, "scale") else cut(w)
-
-
-def _take_cols(w: Any, start: Any, size: int) -> Any:
-    """Columns of w[I,O], and of an int8 weight's scale[O]."""
+def _take(w: Any, start: Any, size: int, dim: int, inner: int) -> Any:
+    """size entries of dim `dim` of w[*in,*out], which has `inner` in dims; an int8 weight's scale[*out] goes along."""
     if not hasattr(w, "scale"):
-        return lax.dynamic_slice_in_dim(w, start, size, 1)
-    cut = lambda a: lax.dynamic_slice_in_dim(a, start, size, a.ndim - 1)  # noqa: E731
-    return w.replace(values=cut(w.values), scale=cut(w.scale))
+        return lax.dynamic_slice_in_dim(w, start, size, dim)
+    scale = w.scale if dim < inner else lax.dynamic_slice_in_dim(w.scale, start, size, dim - inner)
+    return w.replace(values=lax.dynamic_slice_in_dim(w.values, start, size, dim), scale=scale)

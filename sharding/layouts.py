@@ -107,7 +107,10 @@ def rules(layout: Layout, mesh: Mapping[str, int], dims: Mapping[str, int]) -> R
     cols = tuple(a for a in stored if a not in gone)  # of a weight once gathered
     reduced = tuple(a for a in embed if a not in gone)  # what an input projection leaves to sum
     wide = ordered(cols + reduced)  # of its output: the sum is scattered into it
-    residual = tuple(a for a in EMBED_ORDER if a not in gone)
+    # Between blocks an activation is split over all chips. Where the batch allows, z splits it and not D: the same
+    # bytes on the wire, and D stays in fewer, wider pieces (the published code's [B_z, E_xy], sheet section 10).
+    rows = gone or (("z",) if dims["batch"] % mesh["z"] == 0 else ())
+    residual = tuple(a for a in EMBED_ORDER if a not in rows)
     _divides(dims["embed"], residual + (embed if gone else ()), mesh, "model.d_model", layout)
     _divides(dims["mlp"], ordered(stored + wide), mesh, "model.d_ff", layout)
     _divides(dims["q_heads"], ordered(stored + wide), mesh, "model.n_heads", layout)
@@ -125,7 +128,7 @@ def rules(layout: Layout, mesh: Mapping[str, int], dims: Mapping[str, int]) -> R
     return {
         "layers": (), "norm": (), "head_dim": (), "value_dim": (), "act_length": (), "act_head_dim": (),
         "cache_dim": (), "embed": embed, "mlp": stored, "q_heads": stored, "vocab": stored, **kv,
-        "res_batch": gone, "res_embed": residual, "act_batch": gone, "act_embed": reduced,
+        "res_batch": rows, "res_embed": residual, "act_batch": gone, "act_embed": reduced,
         "act_mlp": wide, "act_q_heads": wide,
         "logit_batch": (), "logit_embed": embed, "act_vocab": ordered(stored + embed),
         "fresh_batch": gone, "fresh_heads": wide, "fresh_k_heads": (), "fresh_v_heads": (),

@@ -56,9 +56,17 @@ def gather(x: jax.Array, dim: int, have: Axes, want: Axes, mesh: Mapping[str, in
     if not gone:
         return x
     if have[: len(want)] == want:
-        return lax.all_gather(x, gone, axis=dim, tiled=True)
+        return _lean(lambda y, at: lax.all_gather(y, gone, axis=at, tiled=True), x, dim)
     y = lax.all_gather(x, gone, axis=dim, tiled=False)
     return _place(y, dim, dim, gone, _full(have, want), want, mesh)
+
+
+def _lean(collective, x: jax.Array, dim: int) -> jax.Array:
+    """collective(x, dim) on x without its other dims of size 1, which a TPU would pad to a tile of 8."""
+    kept = [d for d in range(x.ndim) if d == dim or x.shape[d] > 1]
+    y = collective(x.reshape([x.shape[d] for d in kept]), kept.index(dim))
+    sizes = iter(y.shape)
+    return y.reshape([next(sizes) if d in kept else 1 for d in range(x.ndim)])
 
 
 def _place(y: jax.Array, at: int, dim: int, axes: Axes, full: Axes, want: Axes, mesh: Mapping[str, int]) -> jax.Array:
@@ -97,8 +105,8 @@ def scatter(x: jax.Array, dim: int, have: Axes, axes: Axes, want: Axes, mesh: Ma
             have = tuple(a for a in full if a in (*have, one))
         return x
     y = y.reshape(*y.shape[:at], -1, *y.shape[at + len(axes) :])
-    y = lax.psum_scatter(y, axes, scatter_dimension=at, tiled=False)
-    return _close(y, dim, len(missing) - len(axes))
+    y = _lean(lambda y, at: lax.psum_scatter(y, axes, scatter_dimension=at, tiled=True), y, at)
+    return _close(y.reshape(*y.shape[:at], *y.shape[at + 1 :]), dim, len(missing) - len(axes))
 
 
 def exchange(

@@ -107,8 +107,9 @@ def append(cache: Cache, entries: dict[str, jax.Array], positions: jax.Array) ->
     """
     length = jnp.maximum(cache.length, positions.max(1) + 1)
     slots, new = slot_of(cache, positions, length), stored(cache, entries)
-    if positions.shape[1] == 1 and positions.shape[0] <= ROW_WRITES:
-        held = jax.lax.platform_dependent(cache.entries, new, slots, cpu=_write_rows, default=_write_scatter)
+    if positions.shape[1] == 1:
+        few = _write_rows if positions.shape[0] <= ROW_WRITES else _write_scatter
+        held = jax.lax.platform_dependent(cache.entries, new, slots, cpu=few, tpu=_write_loop, default=_write_scatter)
     else:
         held = _write_scatter(cache.entries, new, slots)
     return cache.replace(entries=held, length=length)
@@ -128,6 +129,27 @@ def _write_rows(held: dict[str, jax.Array], new: dict[str, jax.Array], slots: ja
             return {n: jax.lax.dynamic_update_slice(leaf, new[n][b : b + 1], at) for n, leaf in held.items()}
 
         held = jax.lax.cond(slots[b, 0] < size, write, lambda held: held, held)
+    return held
+
+
+def _write_loop(held: dict[str, jax.Array], new: dict[str, jax.Array], slots: jax.Array) -> dict[str, jax.Array]:
+    """One token per row, by a read and a dynamic-update-slice of that token per row: a TPU does them in place in any
+    layout, where a scatter wants the cache in a layout of its own and copies it there and back."""
+    size = next(iter(held.values())).shape[2]
+
+    def write(b, held):
+        at = (b, 0, jnp.minimum(slots[b, 0], size - 1), 0)
+        out = {}
+        for n, leaf in held.items():
+            row = jax.lax.dynamic_slice_in_dim(new[n], b, 1, 0)
+            old = jax.lax.dynamic_slice(leaf, at, row.shape)
+            out[n] = jax.lax.dynamic_update_slice(leaf, jnp.where(slots[b, 0] < size, row, old), at)
+        return out
+
+    if slots.shape[0] > ROW_WRITES:
+        return jax.lax.fori_loop(0, slots.shape[0], write, held)
+    for b in range(slots.shape[0]):
+        held = write(b, held)
     return held
 
 
