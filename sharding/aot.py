@@ -5,7 +5,8 @@
     >>> report.seconds, report.memory.total, [(c.op, c.axes, c.bytes) for c in report.collectives]
 
 A target is "module:function"; the child imports it and calls it with (mesh, **kwargs). It returns an object with
-`fn`, `args` (trees of jax.ShapeDtypeStruct with shardings) and `donate_argnums`. A child is needed because libtpu
+`fn`, `args` (trees of jax.ShapeDtypeStruct with shardings) and `donate_argnums`, or with `lower(free_layouts)` (as
+kvattn.sharded.Program). A child is needed because libtpu
 reads its environment once, and aborts the whole process on failed internal checks: that, running out of HBM and
 running out of time become a `CompileFailure` with one sentence, and the next program gets a fresh child.
 
@@ -68,7 +69,10 @@ def _compile(job: dict) -> CompiledReport:
     module, _, function = job["target"].partition(":")
     program = getattr(importlib.import_module(module), function)(mesh, **job["kwargs"])
     start = time.perf_counter()
-    lowered = jax.jit(program.fn, donate_argnums=program.donate_argnums).lower(*program.args)
+    if hasattr(program, "lower"):
+        lowered = program.lower(free_layouts=True)
+    else:
+        lowered = jax.jit(program.fn, donate_argnums=program.donate_argnums).lower(*program.args)
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     if job["hlo_path"]:
