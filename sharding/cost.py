@@ -305,8 +305,8 @@ def _hbm(work: Workload, layout: Layout, table: Rules, mesh, batch: int, tokens:
             out["kv_read"] += layer.count * batch * keys * work.token_bytes(layer) / split
         if layer.owner:
             kept = min(tokens, layer.held(context))
-            blocks = parts(layout.kv_seq, mesh) if fresh else 1
-            out["kv_written"] += layer.count * batch * math.ceil(kept / blocks) * work.token_bytes(layer) / split
+            written = _keys(layer, kept, layout, mesh, context)
+            out["kv_written"] += layer.count * batch * written * work.token_bytes(layer) / split
     return out
 
 

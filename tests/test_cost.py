@@ -152,6 +152,10 @@ def test_what_is_written_and_held_by_hand():
     assert decode(work, "ws_2d/by_seq:xyz", batch=B).hbm_bytes["kv_written"] == token
     p = prefill(work, "ws_2d/by_seq:xyz", batch=B)
     assert p.hbm_bytes["kv_written"] == token * T / n
+    for more, fullest in ((20, 20), (100, 32)):  # a chunk on a cached prefix fills blocks of 32 slots
+        chunk = cost.predict(work, parse("ws_2d/by_seq:xyz"), (4, 4, 4), "v4", phase="prefill", batch=B, tokens=more,
+                             context=T)  # fmt: skip
+        assert chunk.hbm_bytes["kv_written"] == token * fullest
     assert p.hbm_bytes["kv_read"] == token * T  # inside the prompt every chip reads all of it
     rows = B * T
     assert p.activation_memory == 2 * rows * (2 * E / n + E / 4 + 2 * F / 16 + 2 * N * H / 16)

@@ -221,6 +221,13 @@ def test_weights_too_large_ask_for_chips_or_int8():
     assert "of v5e's 14.9" in p.infeasible[0].reason or "not divisible" in p.infeasible[0].reason
 
 
+def test_a_prompt_too_long_is_shortened_whole():
+    """The prompt is the context: both are halved, until weights, cache and activations fit."""
+    p = planned(batch=512, phase="prefill", context=16384)
+    assert p.changes == ("batch 64 instead of 512", "context 2048 instead of 16384")
+    assert planned(batch=512, phase="prefill", context=2048).feasible
+
+
 def test_a_latency_out_of_reach():
     p = planned(batch=64, weights="int8", latency=0.005)
     assert not p.feasible and p.changes == ("128 chips instead of 64",)
