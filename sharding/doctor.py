@@ -11,6 +11,7 @@ of the same size (`calibration`): bytes at the rate of a large copy, FLOPs at th
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 
 from sharding import hlo
@@ -83,7 +84,22 @@ def diagnose(
         *_slow(analysis, chip, calibration),
         *_loops(analysis),
     ]
-    return sorted(found, key=lambda f: (f.severity != "warning", f.unit, -f.cost))
+    return sorted(_merged(found), key=lambda f: (f.severity != "warning", f.unit, -f.cost))
+
+
+def _merged(found: list[Finding]) -> list[Finding]:
+    """One finding for the same thing at the same place, as unrolled layers give it, with the costs added up."""
+    alike: dict[tuple, list[Finding]] = {}
+    for f in found:
+        alike.setdefault((f.severity, f.where, f.unit, f.advice, re.sub(r"[\d.,%]+", "", f.what)), []).append(f)
+    return [
+        dataclasses.replace(
+            max(same, key=lambda f: f.cost),
+            what=max(same, key=lambda f: f.cost).what + (f", and {len(same) - 1} more like it" if same[1:] else ""),
+            cost=sum(f.cost for f in same),
+        )
+        for same in alike.values()
+    ]
 
 
 # --- collectives ------------------------------------------------------------------------------------------
@@ -147,31 +163,31 @@ def _cache_copies(analysis: Analysis, wanted: Expectations) -> Iterator[Finding]
         if array is None or o.in_place or o.kind == "collective" or (o.kind == "prefetch" and array.space):
             continue
         same = (_squeezed(array.dims), array.dtype) in shapes
-        if same or (o.kind in ("copy", "prefetch") and array.nbytes >= min(sizes)):
-            yield Finding(
-                "warning",
-                f"copy of the cache: {o.name} ({o.op}) writes {array}"
-                if same
-                else f"{o.name} ({o.op}) copies {array}, as large as a cache",
-                _place(o),
-                array.nbytes * o.runs,
-                "bytes",
-                "donate the cache, update it in place and read it in the order it is stored",
-            )
+        if not same and (o.kind not in ("copy", "prefetch") or array.nbytes < min(sizes)):
+            continue
+        cost = array.nbytes * o.runs
+        if o.kind == "prefetch" and o.operands[0].space:
+            what = f"{o.name} writes {array} back whole from on-chip memory, as large as a cache"
+            advice = "harmless while it is hidden; a larger cache per chip stays in HBM and is updated in place"
+            yield Finding("note", what, _place(o), cost, "bytes", advice)
+            continue
+        advice = "donate the cache, update it in place and read it in the order it is stored"
+        what = f"copy of the cache: {o.name} ({o.op}) writes {array}"
+        if not same:
+            what = f"{o.name} ({o.op}) copies {array}, as large as a cache"
+        yield Finding("warning", what, _place(o), cost, "bytes", advice)
 
 
 # --- tiles ------------------------------------------------------------------------------------------------
 
 
 def _tiles(analysis: Analysis) -> Iterator[Finding]:
-    seen = set()
     named = [(name or "an argument", array, "argument " + name, 1.0) for name, array in analysis.parameters]
     named += [(o.name, array, _place(o), o.runs) for o in analysis.operations for array in o.arrays]
     for name, array, where, runs in named:
         waste = array.padded_nbytes - array.nbytes
-        if array.nbytes <= MIB or array.padded_nbytes <= PADDING * array.nbytes or (array, where) in seen:
+        if array.nbytes <= MIB or array.padded_nbytes <= PADDING * array.nbytes:
             continue
-        seen.add((array, where))
         minor = [array.dims[d] for d in array.minor_to_major[:2]]
         yield Finding(
             "warning",

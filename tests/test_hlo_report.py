@@ -196,6 +196,18 @@ ENTRY %main (a: bf16[48,128]) -> bf16[48,128] {
     assert not diagnose(analysis, CHIPS["v4"], CLOCKS, wanted)
     (finding,) = diagnose(analyse(text.replace("S(1)", ""), {"x": 1}), CHIPS["v4"], CLOCKS, wanted)
     assert "copy of the cache: c (copy-start) writes bf16[48,128]" in finding.what
+    back = text.replace("%a = bf16[48,128]{1,0:T(8,128)(2,1)}", "%a = bf16[48,128]{1,0:T(8,128)(2,1)S(3)}")
+    (finding,) = diagnose(analyse(back.replace("S(1)", ""), {"x": 1}), CHIPS["v4"], CLOCKS, wanted)
+    assert finding.severity == "note" and "back whole from on-chip memory" in finding.what
+
+
+def test_findings_of_unrolled_layers_are_merged():
+    lines = PADDED.replace("4096,40", "16384,40").splitlines()
+    named = lines[4].replace("ROOT ", "")
+    twice = [*lines[:4], named, named.replace("%n", "%n.1"), lines[4].replace("%n", "%n.2"), "}"]
+    found = diagnose(analyse("\n".join(twice), {"x": 1}), CHIPS["v4"], CLOCKS)
+    (merged,) = [f for f in found if "model.py:3" in f.where]
+    assert "and 2 more like it" in merged.what and merged.cost == 3 * 16384 * (128 - 40) * 4
 
 
 @pytest.mark.parametrize(
