@@ -186,6 +186,13 @@ def test_head_padding_is_shown_and_paid_for():
     assert "n_heads is 48, not divisible by the 64 chips" in bare.infeasible[0].reason
 
 
+def test_padded_heads_stay_a_multiple_of_the_kv_heads():
+    cfg = tiny.config(n_heads=6, n_k_heads=3, n_v_heads=3, d_model=64, d_ff=64, vocab_size=64)
+    p = plan.plan(cfg, BF16, chip="v4", chips=8, batch=8, context=64, phase="decode", meshes=[(2, 2, 2)])
+    assert {c.n_heads for c in p.candidates if c.layout.ffn == "ws_2d"} == {24}  # of 8 and 3
+    assert {c.n_heads for c in p.candidates if c.layout.ffn == "wg_xyz"} == {12}  # of 4 and 3
+
+
 def test_reasons_are_sentences():
     p = planned("llama3-70b", 64, 6, chip="v5e", context=2000, latency=0.0045)
     assert p.infeasible and all(c.reason.endswith(".") and "\n" not in c.reason for c in p.infeasible)
@@ -219,6 +226,10 @@ def test_weights_too_large_ask_for_chips_or_int8():
     p = planned("llama3-70b", 8, 8, chip="v5e", context=1024)
     assert p.changes == ("16 chips instead of 8", "int8 weights")
     assert "of v5e's 14.9" in p.infeasible[0].reason or "not divisible" in p.infeasible[0].reason
+
+
+def test_half_is_tried_first():
+    assert "batch 128 instead of 256" in planned(batch=256, context=65536).changes
 
 
 def test_a_prompt_too_long_is_shortened_whole():
