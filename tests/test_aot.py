@@ -230,7 +230,8 @@ def test_cache_copy_is_named_unless_updated_in_place(compiler, donate):
     memory = answer.memory
     assert memory.aliased == (cache if donate else 0)
     assert memory.total == memory.arguments + memory.temporaries + memory.code + memory.outputs - memory.aliased
-    copies = [f for f in answer.findings if "copy of the cache" in f.what]
+    # not donated, the cache comes back whole: by way of the on-chip memory, in this version
+    copies = [f for f in answer.findings if "copy of the cache" in f.what or "as large as a cache" in f.what]
     assert len(copies) == (0 if donate else 1)
     assert donate or copies[0].cost == cache
 
