@@ -168,7 +168,7 @@ def _cache_copies(analysis: Analysis, wanted: Expectations) -> Iterator[Finding]
         cost = array.nbytes * o.runs
         if o.kind == "prefetch" and o.operands[0].space:
             what = f"{o.name} writes {array} back whole from on-chip memory, as large as a cache"
-            advice = "donate the cache; where it is donated, it was moved on chip because it is small: harmless if hidden"
+            advice = "donate the cache; where donated, it is small enough to be moved on chip: harmless if hidden"
             yield Finding("note", what, _place(o), cost, "bytes", advice)
             continue
         advice = "donate the cache, update it in place and read it in the order it is stored"
