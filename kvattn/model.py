@@ -19,7 +19,7 @@ from kvattn.attention.view import View, make_view
 from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.spec import ParamSpec
-from sharding import own_group, reduce, reshard
+from sharding import own_group, reduce, reshard, settle
 
 
 @flax.struct.dataclass
@@ -242,7 +242,7 @@ def _block(params, cfg, layer, x, where, cache, view):
 def _enter(params, norm: str, cfg: ModelConfig, x: jax.Array) -> jax.Array:
     """x[B,T,D] of the residual stream -> what a sub-module reads, normed where the block has that norm."""
     x = layers.norm(params[norm], cfg, x) if norm in params else x
-    return reshard(x, layers.RESIDUAL, layers.BLOCK)
+    return settle(reshard(x, layers.RESIDUAL, layers.BLOCK))
 
 
 def _leave(out: jax.Array, params: Any = (), norm: str = "", cfg: ModelConfig | None = None) -> jax.Array:
@@ -271,7 +271,8 @@ def attend_layer(params, cfg, layer, h, h_kv, where, cache, view):
         k, v = variant.expand(cfg, layer, segment.entries, segment.tokens.positions, q.dtype)
         if together:
             k, v = (own_group(a, q.shape[2], "fresh_heads") for a in (k, v))
-        operands.append(Operand(k, v, mask(tokens, segment.tokens), segment.tokens, segment.split))
+        own = together and where.fresh
+        operands.append(Operand(k, v, mask(tokens, segment.tokens), segment.tokens, segment.split, own))
     context = attention(cfg, layer, q, tokens, operands)
     return variant.output(params, cfg, reshard(context, _TOGETHER if together else _CACHED_OUT, _MADE)), view, cache
 

@@ -126,6 +126,12 @@ def reshard(x: jax.Array, have: Names, want: Names) -> jax.Array:
     return manual.reshard(x, active.split(have), active.split(want), active.mesh)
 
 
+def settle(x: jax.Array) -> jax.Array:
+    """In manual code, makes x[B,T,D] once for all the matmuls that read it when it is long: a TPU compiler would repeat
+    what made it (a norm) inside each of them."""
+    return x if _manual() is None or x.shape[1] == 1 else lax.optimization_barrier(x)
+
+
 def mean(x: jax.Array, axes: tuple[int, ...], name: str | None) -> jax.Array:
     """Mean over the dims `axes`, of which the first is the logical axis `name`; dims are kept."""
     active = _manual()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvattn.attention.core import attend_partial, merge
+from kvattn.attention.core import Partial, attend_partial, merge
 from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.masks import Tokens
@@ -19,15 +19,20 @@ from kvattn.recompute import recompute
 from sharding import merge_softmax, whole
 
 
+SCORE_BYTES = 1 << 30  # scores that one chip holds at once; more are made block by block
+UNROLLED_BLOCKS = 32
+
+
 class Operand(NamedTuple):
-    """One segment ready for a kernel: k[B,K,S,H], v[B,M,S,V], mask bool[B,T,S], the key tokens, and whether S may be
-    split over chips."""
+    """One segment ready for a kernel: k[B,K,S,H], v[B,M,S,V], mask bool[B,T,S], the key tokens, whether S may be split
+    over chips, and whether the keys are the queries' own tokens in order, so that none sees a later one."""
 
     k: jax.Array
     v: jax.Array
     mask: jax.Array
     tokens: Tokens
     split: bool = False
+    own: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +53,39 @@ def _xla(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operands:
     def partial(q, kv, mask):
         return attend_partial(q, *kv, mask, scale=cfg.scale, cap=cfg.attn_soft_cap)
 
-    together = merge([partial(q, (op.k, op.v), op.mask) for op in operands])
+    together = merge([_in_blocks(partial, q, op) for op in operands])
     if not any(op.split for op in operands):
         return together.out
     if len(operands) > 1 and whole("cache_length", 1) > 1:
         raise UserError("a ring whose slots are split over chips takes one token at a time; prefill it in one pass, or "
                         "use a full cache or a layout without by_seq.")
     return merge_softmax(*together, "cache_length", _STATS, _OUT)
+
+
+def _in_blocks(partial: Callable, q: jax.Array, op: Operand) -> Partial:
+    """partial(q, (k, v), mask) in blocks of queries where its scores, f32 [B,N,T,S], would be large; with keys in the
+    queries' own order, a block reads those up to its own end."""
+    batch, length, heads = q.shape[:3]
+    blocks = 1
+    while 4 * batch * heads * length * op.k.shape[2] > blocks * SCORE_BYTES and length % (2 * blocks) == 0:
+        blocks *= 2
+    if blocks == 1:
+        return partial(q, (op.k, op.v), op.mask)
+    size = length // blocks
+    if op.own and blocks <= UNROLLED_BLOCKS:
+        parts = []
+        for start in range(0, length, size):
+            end = start + size
+            mine = partial(q[:, start:end], (op.k[:, :, :end], op.v[:, :, :end]), op.mask[:, start:end, :end])
+            parts.append(mine)
+        return Partial(*(jnp.concatenate(xs, axis=1) for xs in zip(*parts, strict=True)))
+
+    def one(i):
+        cut = [jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1) for x in (q, op.mask)]
+        return partial(cut[0], (op.k, op.v), cut[1])
+
+    out = jax.lax.map(one, jnp.arange(blocks))
+    return Partial(*(x.swapaxes(0, 1).reshape(x.shape[1], length, *x.shape[3:]) for x in out))
 
 
 _STATS = ("attn_batch", "act_length", "attn_heads", "act_head_dim")
