@@ -130,10 +130,10 @@ def hidden(
         positions = jnp.broadcast_to(jnp.arange(inputs.tokens.shape[1], dtype=jnp.int32)[None, :], inputs.tokens.shape)
     where = where_of(cfg, positions, inputs.segment_ids, inputs.fresh)
     if cfg.scan_layers:
-        if caches is not None or collect:
-            raise UserError("model.scan_layers is True with caches or collect; use model.unstack_layers and "
+        if collect or (caches is not None and not inputs.fresh):
+            raise UserError("model.scan_layers is True with filled caches or collect; use model.unstack_layers and "
                             "scan_layers False.")
-        x = _scan_layers(params["layers"], cfg, x, where)
+        x, caches = _scan_layers(params["layers"], cfg, x, where, caches)
         collected: dict[str, tuple[jax.Array, ...]] = {}
     else:
         x, caches, collected = _loop_layers(params["layers"], cfg, x, where, caches, collect)
@@ -326,18 +326,37 @@ def unstack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     )}
 
 
-def _scan_layers(stacked, cfg, x, where):
+def stack_caches(caches: Any, cfg: ModelConfig) -> Any:
+    """Caches by layer -> as a scan takes them: one entry per position in the period, leaves [L/period, ...]."""
     period = scan_period(cfg)
+    return tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches[i::period]) for i in range(period))
 
-    def body(x, blocks):
+
+def unstack_caches(caches: Any, cfg: ModelConfig) -> Any:
+    """The inverse of `stack_caches`."""
+    period = scan_period(cfg)
+    return tuple(
+        jax.tree.map(lambda leaf, n=layer // period: leaf[n], caches[layer % period]) for layer in range(cfg.n_layers)
+    )
+
+
+def _scan_layers(stacked, cfg, x, where, caches):
+    """The blocks as a scan over periods. Caches (`stack_caches`) are filled, not read: a first prefill."""
+    period = scan_period(cfg)
+    empty = caches if caches is not None else (None,) * period
+
+    def body(x, inputs):
         views: dict[int, View] = {}
-        for layer, params in enumerate(blocks):
+        filled = []
+        for layer, (params, cache) in enumerate(zip(*inputs, strict=True)):
             owner = cfg.sources[layer]
-            x, _, views[owner], _ = _block(params, cfg, layer, x, where, None, views.get(owner))
-        return x, None
+            x, _, views[owner], cache = _block(params, cfg, layer, x, where, cache, views.get(owner))
+            filled.append(cache)
+        return x, tuple(filled)
 
     assert len(stacked) == period
     if cfg.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
         body = jax.checkpoint(body, policy=policy)
-    return _close_residual(cfg, jax.lax.scan(body, _open_residual(cfg, x), stacked)[0])
+    x, filled = jax.lax.scan(body, _open_residual(cfg, x), (stacked, empty))
+    return _close_residual(cfg, x), filled if caches is not None else None

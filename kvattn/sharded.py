@@ -49,14 +49,14 @@ class Program:
         """`jax.jit(fn).lower(...)`, compiled to update the caches in place.
 
         Where results live is said, so that each cache is paired with its own result: left open, XLA pairs donated
-        buffers with any result of their size, and copies. `free_layouts` lets the compiler choose how each weight
-        is tiled in memory (a checkpoint is loaded once, and decode would re-tile it in every step).
+        buffers with any result of their size, and copies. `free_layouts` lets the compiler choose how each block's
+        weights are tiled in memory (a checkpoint is loaded once, and decode would re-tile it in every step).
         """
         shardings = jax.tree.map(lambda a: a.sharding, self.args)
         args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.args)
         if free_layouts:
-            free = jax.tree.map(lambda s: Format(Layout.AUTO, s), shardings[0])
-            shardings = (free, *shardings[1:])
+            blocks = jax.tree.map(lambda s: Format(Layout.AUTO, s), shardings[0]["layers"])
+            shardings = ({**shardings[0], "layers": blocks}, *shardings[1:])
         jitted = jax.jit(self.fn, in_shardings=shardings, out_shardings=self.out_shardings,
                          donate_argnums=self.donate_argnums)
         return jitted.lower(*args)
@@ -77,11 +77,6 @@ def rules_for(
     for count in slots or (0,):
         table = layouts.rules(layout, dict(mesh.shape), {**dims, "slots": count})
     return table
-
-
-def shardings(tree: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
-    """NamedShardings of ShapeDtypeStructs, given a tree of their logical axes."""
-    return jax.tree.map(lambda s, a: NamedSharding(mesh, partition_spec(a, rules, s.shape, mesh)), tree, axes)
 
 
 def param_axes(cfg: ModelConfig, kind: str) -> Any:
@@ -106,11 +101,15 @@ def build(
     tokens: int = 0,
     weights: str = "bfloat16",
     overlap: str = "none",
+    scan: bool = False,
 ) -> Program:
     """The program of one pass and its abstract arguments.
 
     decode   one token per sequence, caches of `context` slots
     prefill  `tokens` per sequence (0 = context) into empty caches of `context` slots
+
+    `scan` (prefill only) makes the layers one loop over stacked weights and caches (model.stack_layers,
+    model.stack_caches): a deep model then compiles in the time of one period.
 
     Raises UserError: unknown phase or overlap, tokens beyond the context; ShardingError: a layout that does not
     fit the model, the mesh or the batch.
@@ -120,22 +119,22 @@ def build(
     if overlap not in OVERLAPS:
         raise UserError(f"overlap is {overlap!r}; choose one of {', '.join(OVERLAPS)}.")
     layout = layouts.parse(layout) if isinstance(layout, str) else layout
+    if scan and phase == "decode":
+        raise UserError("scan is True for phase 'decode'; a scan over layers copies the cache, set it to False.")
     cfg = dataclasses.replace(cfg, scan_layers=False)
     length = 1 if phase == "decode" else tokens or context
     if length > context:
         raise UserError(f"tokens is {length} and context is {context}; the context must hold them.")
     held = caches_lib.specs(cfg, cache, batch, context)
     rules = rules_for(cfg, layout, mesh, batch, tuple(c.slots for c in held if c is not None))
-    params = weights_lib.abstract(cfg, weights)
-    places = (
-        jax.tree.map(
-            lambda s, a: NamedSharding(mesh, partition_spec(a, rules, s.shape, mesh)), params,
-            param_axes(cfg, weights),
-        ),
-        NamedSharding(mesh, PartitionSpec()),
-        NamedSharding(mesh, PartitionSpec()),
-        jax.tree.map(lambda s: NamedSharding(mesh, _cache_spec(s, rules, mesh)), held),
-    )  # fmt: skip
+    params, axes = weights_lib.abstract(cfg, weights), param_axes(cfg, weights)
+    cache_axes = jax.tree.map(lambda s: _Axes(_CACHE[: len(s.shape)]), held)
+    if scan:
+        cfg = dataclasses.replace(cfg, scan_layers=True)
+        params, axes = {**params, "layers": _stacked(params["layers"], cfg)}, {**axes, "layers": _under(axes, cfg)}
+        held, cache_axes = _stacked(held, cfg), _under({"layers": cache_axes}, cfg)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    places = (_places(params, axes, mesh, rules), everywhere, everywhere, _places(held, cache_axes, mesh, rules))
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     step = functools.partial(_pass, cfg, phase == "prefill")
     if overlap == "compiler":
@@ -150,9 +149,21 @@ def build(
     return Program(fn, args, (logits, places[3]), (3,), rules)
 
 
-def _cache_spec(leaf: Any, rules: Rules, mesh: Mesh) -> PartitionSpec:
-    axes = _CACHE if len(leaf.shape) == 4 else _CACHE[:1]
-    return partition_spec(axes, rules, leaf.shape, mesh)
+def _places(tree: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
+    """NamedShardings of ShapeDtypeStructs with the logical axes `axes`."""
+    return jax.tree.map(lambda s, a: NamedSharding(mesh, partition_spec(a, rules, s.shape, mesh)), tree, axes)
+
+
+def _stacked(layers: tuple[Any, ...], cfg: ModelConfig) -> tuple[Any, ...]:
+    """Abstract leaves of a tuple over layers, as `model.stack_layers` stacks arrays."""
+    period = model.scan_period(cfg)
+    count = cfg.n_layers // period
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), tuple(layers[:period]))
+
+
+def _under(axes: Any, cfg: ModelConfig) -> tuple[Any, ...]:
+    """The axes of stacked layers."""
+    return jax.tree.map(lambda a: _Axes(("layers", *a)), tuple(axes["layers"][: model.scan_period(cfg)]))
 
 
 def _pass(cfg: ModelConfig, fresh: bool, params: Any, tokens: jax.Array, positions: jax.Array, caches: Any):

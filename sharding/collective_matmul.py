@@ -42,6 +42,10 @@ def matmul(
     left = tuple(tuple(a for a in axes if a not in gone) for axes in w_split)
     summed, cols = left[0], left[inner]
     ahead = tuple(a for a in have[2] if a not in summed)
+    if want is not None:  # rows that this chip will not keep are not multiplied
+        for axis in [a for a in want[0] if a not in summed and all(a not in axes for axes in (*have, cols))]:
+            x = manual.slice_(x, 0, have[0], axis, want[0], mesh)
+            have = (tuple(a for a in want[0] if a in have[0] or a == axis), *have[1:])
     job = _Job(product, inner, mesh, overlap == "two_way")
     if overlap == "none":
         y = product(manual.gather(x, 2, have[2], summed, mesh), gather_weight(w, w_split, left, inner, mesh))
