@@ -41,9 +41,9 @@ FORMAT = 1
 # Fields that may change between a run and its continuation: they do not change what is computed, or
 # (train.steps) they say how far to go.
 FREE = (
-    "name", "workdir", "cache", "mesh", "decode", "eval", "study", "steps", "variants", "checkpoint.dtype",
-    "model.kernel", "model.remat", "train.steps", "train.log_every", "train.checkpoint_every", "train.keep",
-    "train.eval_every",
+    "name", "workdir", "cache", "mesh", "decode", "eval", "study", "sharding_study", "steps", "variants",
+    "checkpoint.dtype", "model.kernel", "model.remat", "train.steps", "train.log_every", "train.checkpoint_every",
+    "train.keep", "train.eval_every",
 )  # fmt: skip
 
 _DISK_MARKS = (

@@ -273,6 +273,51 @@ class StudyConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShardingCellConfig:
+    """One question of a sharding study beside its product of slices, batches, contexts and phases, and the paper's
+    answer where there is one. Empty: `variant` = every row, `slice` = every slice of the study, `weights` = all of
+    them; `tokens` of each sequence in a prefill, 0 = context."""
+
+    phase: str = "decode"  # prefill | decode
+    batch: int = 1
+    context: int = 2048
+    tokens: int = 0
+    variant: str = ""
+    slice: str = ""
+    weights: str = ""
+    paper_layout: str = ""  # e.g. ws_2d/by_batch:xyz
+    paper_seconds: float = 0.0  # of the pass, measured
+    paper_source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingStudyConfig:
+    """Layouts to compare: rows x slices x batches x contexts x phases x weights, and `cells`.
+
+    `rows`: a name, a model (None = config.model) and a cache each; () = config.model with config.cache.
+    `layouts` () = all of the planner's; `meshes`: XxYxZ or `default` (the paper's for the chip count), () = for every
+    layout its best one and the default. `tokens` of each sequence in a prefill, () = the context. `rank`: overlap
+    assumed in sorting (sharding.cost.OVERLAPS); `overlap`: of the program that is compiled (kvattn.sharded.OVERLAPS).
+    """
+
+    rows: tuple[VariantConfig, ...] = ()
+    slices: tuple[str, ...] = ("v4:2x2x2",)
+    batches: tuple[int, ...] = (64,)
+    contexts: tuple[int, ...] = (2048,)
+    phases: tuple[str, ...] = ("decode",)
+    tokens: tuple[int, ...] = ()
+    weights: tuple[str, ...] = ("bfloat16",)
+    cells: tuple[ShardingCellConfig, ...] = ()
+    layouts: tuple[str, ...] = ()
+    meshes: tuple[str, ...] = ()
+    rank: str = "full"
+    overlap: str = "none"
+    compile: str = "best"  # none | best | all
+    measure: bool = True
+    timeout: float = 300.0  # seconds per program compiled
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything one command needs."""
 
@@ -290,8 +335,9 @@ class Experiment:
     decode: DecodeConfig = DecodeConfig()
     eval: EvalConfig = EvalConfig()
     study: StudyConfig = StudyConfig()
+    sharding_study: ShardingStudyConfig = ShardingStudyConfig()
     steps: int = -1  # shortcut: overrides train.steps when >= 0
-    variants: tuple[str, ...] = ()  # shortcut: only these rows of study.rows, by name
+    variants: tuple[str, ...] = ()  # shortcut: only these rows of study.rows (sharding_study.rows), by name
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
@@ -327,12 +373,14 @@ def _apply_shortcuts(config: Experiment) -> Experiment:
     if config.steps >= 0:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=config.steps))
     if config.variants:
-        names = [row.name for row in config.study.rows]
+        part = "study" if config.study.rows else "sharding_study"
+        study = getattr(config, part)
+        names = [row.name for row in study.rows]
         for name in config.variants:
             if name not in names:
                 raise UserError(f"config.variants has {name!r}{_nearest(name, names)}; rows are {', '.join(names)}.")
-        rows = tuple(row for row in config.study.rows if row.name in config.variants)
-        config = dataclasses.replace(config, study=dataclasses.replace(config.study, rows=rows))
+        rows = tuple(row for row in study.rows if row.name in config.variants)
+        config = dataclasses.replace(config, **{part: dataclasses.replace(study, rows=rows)})
     return config
 
 

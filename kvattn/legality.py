@@ -191,9 +191,42 @@ def check_study(c: Any) -> None:
     _at_least(c, "study", prompt_tokens=1, decode_tokens=1, decode_batch=1)
 
 
+def check_sharding_study(c: Any) -> None:
+    from kvattn.sharded import OVERLAPS
+    from kvattn.weights import WEIGHTS
+    from sharding import cost
+
+    known = tuple(w for w in WEIGHTS if w in cost.WEIGHT_BYTES)
+    _choice(c.compile, ("none", "best", "all"), "sharding_study.compile")
+    _choice(c.rank, cost.OVERLAPS, "sharding_study.rank")
+    _choice(c.overlap, OVERLAPS, "sharding_study.overlap")
+    _need(c.timeout > 0, f"sharding_study.timeout is {c.timeout}; it is seconds per program, above 0.")
+    for name, least in (("batches", 1), ("contexts", 1), ("tokens", 0)):
+        for value in getattr(c, name):
+            _need(value >= least, f"sharding_study.{name} has {value}; it must be at least {least}.")
+    for phase in (*c.phases, *(cell.phase for cell in c.cells)):
+        _choice(phase, cost.PHASES, "sharding_study.phases")
+    for weights in (*c.weights, *(cell.weights for cell in c.cells if cell.weights)):
+        _choice(weights, known, "sharding_study.weights")
+    names = [row.name for row in c.rows]
+    for row in c.rows:
+        _need(row.name != "", "sharding_study.rows has a row without a name; name it.")
+        _need(names.count(row.name) == 1, f"sharding_study.rows has {row.name!r} twice; names must differ.")
+        _need(not row.convert,
+              f"sharding_study.rows {row.name!r} has convert; a layout needs no weights, give the model instead.")
+        check_cache(row.cache)
+        if row.model is not None:
+            check_model(row.model)
+            check_model_cache(row.model, row.cache)
+    for i, cell in enumerate(c.cells):
+        _at_least(cell, f"sharding_study.cells[{i}]", batch=1, context=1, tokens=0, paper_seconds=0)
+        _need(cell.tokens <= cell.context,
+              f"sharding_study.cells[{i}].tokens is {cell.tokens}, above its context of {cell.context}.")
+
+
 def check_experiment(c: Any) -> None:
     check_model(c.model)
-    for part in (c.mesh, c.data, c.optimizer, c.train, c.decode, c.eval, c.study):
+    for part in (c.mesh, c.data, c.optimizer, c.train, c.decode, c.eval, c.study, c.sharding_study):
         check(part)
     check_cache(c.cache)
     for step in (*c.convert, *(step for row in c.study.rows for step in row.convert)):
@@ -229,5 +262,6 @@ _CHECKS = {
     "DecodeConfig": check_decode,
     "EvalConfig": check_eval,
     "StudyConfig": check_study,
+    "ShardingStudyConfig": check_sharding_study,
     "Experiment": check_experiment,
 }

@@ -34,7 +34,7 @@ from sharding.hardware import measure_cpu, of_device
 KL_TOKENS = 256  # of the held-out text, behind each KL
 # Fields that change no figure: a study may go on with other values, or with rows added.
 _FREE = (
-    "workdir", "name", "variants", "steps", "study.rows", "study.keep_models", "train.log_every",
+    "workdir", "name", "variants", "steps", "study.rows", "study.keep_models", "sharding_study", "train.log_every",
     "train.checkpoint_every", "train.keep", "train.steps",
 )  # fmt: skip
 

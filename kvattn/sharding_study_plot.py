@@ -1,0 +1,198 @@
+"""frontier.png, context.png and memory.png of a sharding study."""
+
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from kvattn import plan
+from kvattn.config import Experiment
+from kvattn.study_plot import COLOURS, GREY, INK, PALE
+from sharding import ShardingError, cost, layouts
+
+if TYPE_CHECKING:
+    from kvattn.sharding_study import Cell
+
+KV = ("replicated", "by_head:z", "by_head:yz", "by_head:xyz", "by_batch:z", "by_batch:yz", "by_batch:xyz", "by_seq:xyz")
+CONTEXTS = tuple(1 << i for i in range(7, 21))
+PANELS = 6  # of context.png
+BARS = 24  # of memory.png
+GIB = 2**30
+
+
+def names(cells: tuple["Cell", ...], lines: dict[str, list[Any]]) -> list[str]:
+    """The plots that these lines give."""
+    fit = [cell for cell in cells if lines[cell.id]]
+    return (["frontier"] if fit else []) + (["context"] if _decodes(fit) else []) + (["memory"] if fit else [])
+
+
+def draw(cfg: Experiment, cells: tuple["Cell", ...], lines: dict[str, list[Any]], workdir: pathlib.Path) -> None:
+    """Draws what `names` says into `workdir`."""
+    fit = [cell for cell in cells if lines[cell.id]]
+    makers = {"frontier": frontier, "context": context, "memory": memory}
+    for name in names(cells, lines):
+        makers[name](cfg, fit, lines).savefig(workdir / f"{name}.png")
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(color="#eeeeee", zorder=0)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def frontier(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
+    """Cost against latency, a panel per phase: the best row of each cell, joined over batches; every other row pale;
+    what the compiler and the paper say."""
+    phases = list(dict.fromkeys(cell.phase for cell in cells))
+    figure, panels = _figure(6.4 * len(phases) + 1, 5.2, 1, len(phases))
+    for axes, phase in zip(panels[0], phases, strict=True):
+        _plain(axes)
+        groups: dict[tuple, list] = {}
+        for cell in (c for c in cells if c.phase == phase):
+            group = (cell.variant, cell.slice, cell.context, cell.weights)
+            groups.setdefault(group, []).append(cell)
+            rest = lines[cell.id][1:]
+            axes.plot([_latency(cfg, r) for r in rest], [_cost(cfg, r) for r in rest], ".", ms=2, color=PALE, zorder=1)
+        for i, (group, members) in enumerate(groups.items()):
+            _frontier_of(cfg, axes, group, members, lines, COLOURS[i % len(COLOURS)])
+        axes.plot([], [], "D", ms=5, mfc="white", mec=INK, label="compiled + modelled interconnect")
+        if any(line.paper for c in cells for line in lines[c.id]):
+            axes.plot([], [], "*", ms=11, color=INK, label="paper, measured")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(f"seconds per {'step' if phase == 'decode' else 'prefill'} (log)")
+        axes.set_ylabel("chip-seconds per token (log, lower is cheaper)")
+        title = f"{phase}: best layout of each batch, predicted (overlap {cfg.sharding_study.rank!r})"
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _latency(cfg: Experiment, line: Any) -> float:
+    return line.predicted["seconds"][cfg.sharding_study.rank]
+
+
+def _cost(cfg: Experiment, line: Any) -> float:
+    return _latency(cfg, line) * line.cell.chips / (line.cell.batch * line.cell.tokens)
+
+
+def _frontier_of(cfg: Experiment, axes: Any, group: tuple, members: list["Cell"], lines, colour: str) -> None:
+    members = sorted(members, key=lambda c: c.batch * c.tokens)
+    best = [lines[cell.id][0] for cell in members]
+    xs, ys = [_latency(cfg, b) for b in best], [_cost(cfg, b) for b in best]
+    variant, where, length, weights = group
+    axes.plot(xs, ys, "o-", ms=5, lw=1.2, color=colour, label=f"{variant} {where} S{length} {weights}", zorder=3)
+    for cell, x, y in zip(members, xs, ys, strict=True):
+        axes.annotate(f"B{cell.batch}", (x, y), fontsize=7, color=colour, xytext=(4, 4), textcoords="offset points")
+        for line in lines[cell.id]:
+            per = cell.chips / (cell.batch * cell.tokens)
+            if line.compiled and "failure" not in line.compiled:
+                t = line.compiled["total_seconds"]
+                axes.plot(t, t * per, "D", ms=5, mfc="white", mec=colour, zorder=4)
+            if line.paper:
+                axes.plot(line.paper, line.paper * per, "*", ms=11, color=colour, zorder=5)
+
+
+def _decodes(cells: list["Cell"]) -> list["Cell"]:
+    """One decode cell per variant and slice: the largest batch."""
+    found: dict[tuple, Any] = {}
+    for cell in sorted((c for c in cells if c.phase == "decode"), key=lambda c: c.batch):
+        found[cell.variant, cell.slice] = cell
+    return list(found.values())[:PANELS]
+
+
+def context(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
+    """Predicted step time against context, a line per KV layout, under the FFN layout and mesh of the cell's best row;
+    a line ends where the memory does. Diamonds: the compiler."""
+    chosen = _decodes(cells)
+    columns = min(3, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure, panels = _figure(5.2 * columns + 0.6, 4.2 * rows, rows, columns)
+    for axes in panels.flat[len(chosen) :]:
+        axes.set_visible(False)
+    for axes, cell in zip(panels.flat, chosen):
+        _plain(axes)
+        best = lines[cell.id][0].predicted
+        ffn, mesh = best["layout"].partition("/")[0], tuple(best["mesh"])
+        for name, xs, ys in context_lines(cell, ffn, mesh, cfg.sharding_study.rank):
+            axes.plot(xs, [1e3 * y for y in ys], "o-", ms=3, lw=1.3, label=name, color=COLOURS[KV.index(name)])
+            axes.plot(xs[-1:], [1e3 * y for y in ys[-1:]], "|", ms=12, color=COLOURS[KV.index(name)])
+        for other in (c for c in cells if (c.variant, c.slice, c.batch, c.phase) == (*_key(cell), "decode")):
+            done = [line.compiled for line in lines[other.id] if line.compiled and "failure" not in line.compiled]
+            axes.plot([other.context] * len(done), [1e3 * d["total_seconds"] for d in done], "D", ms=5, mfc="white",
+                      mec=GREY, zorder=4)  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("context, tokens (log; a line ends where memory does)")
+        axes.set_ylabel("ms per decode step (log)")
+        axes.set_title(f"{cell.variant} {cell.slice} B{cell.batch} {cell.weights}: {ffn} on {'x'.join(map(str, mesh))}",
+                       loc="left", fontsize=9, color=INK)  # fmt: skip
+        axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _key(cell: "Cell") -> tuple:
+    return cell.variant, cell.slice, cell.batch
+
+
+def context_lines(cell: "Cell", ffn: str, mesh: tuple[int, int, int], overlap: str) -> list[tuple[str, list, list]]:
+    """(KV layout, contexts that fit, predicted seconds of a decode step) for every KV layout that the cell allows."""
+    work, out = plan.workload(cell.padded[0], cell.row.cache, weights=cell.weights), []
+    for kv in KV:
+        xs, ys = [], []
+        for length in CONTEXTS:
+            try:
+                p = cost.predict(work, layouts.parse(f"{ffn}/{kv}"), mesh, cell.chip, phase="decode", batch=cell.batch,
+                                 tokens=1, context=length)  # fmt: skip
+                cost.check_memory(p)
+            except ShardingError:
+                break
+            xs.append(length)
+            ys.append(p.step_seconds(overlap))
+        if xs:
+            out.append((kv, xs, ys))
+    return out
+
+
+def memory(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
+    """Bytes per chip of each cell's best row: predicted weights, cache and activations, and beside it what the TPU
+    compiler plans; the line is the chip's memory."""
+    shown = cells[:BARS]
+    figure, ((axes,),) = _figure(9.5, 1.6 + 0.5 * len(shown))
+    _plain(axes)
+    parts = ("weights", "cache", "activations")
+    for i, cell in enumerate(shown):
+        line = lines[cell.id][0]
+        left = 0.0
+        for part, colour in zip(parts, COLOURS, strict=False):
+            size = line.predicted["memory_bytes"][part] / GIB
+            axes.barh(i - 0.2, size, 0.36, left=left, color=colour, label=part if i == 0 else None)
+            left += size
+        done = line.compiled if line.compiled and "failure" not in line.compiled else None
+        if done:
+            plan_ = done["memory"]
+            held, rest = plan_["arguments"] / GIB, (plan_["total"] - plan_["arguments"]) / GIB
+            axes.barh(i + 0.2, held, 0.36, color=GREY)
+            axes.barh(i + 0.2, rest, 0.36, left=held, color=PALE)
+        limit = cost.CHIPS[cell.chip].hbm_bytes / GIB
+        axes.plot([limit, limit], [i - 0.42, i + 0.42], color="#b00020", lw=1.6)
+        largest = max(left, done["memory"]["total"] / GIB if done else 0)
+        axes.annotate(f"{largest:.3g} of {limit:.3g}", (largest, i), xytext=(4, 0), textcoords="offset points",
+                      fontsize=7, va="center", color=INK)  # fmt: skip
+    axes.barh([0], [0], color=GREY, label="compiled: weights and cache")
+    axes.barh([0], [0], color=PALE, label="compiled: temporaries and code")
+    axes.plot([], [], color="#b00020", label="memory of the chip")
+    axes.set_yticks(range(len(shown)), [f"{c.id}\n{lines[c.id][0].predicted['layout']}" for c in shown], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB per chip; upper bar predicted, lower bar the TPU compiler")
+    axes.set_title(f"{cfg.name}: memory of each question's best layout", loc="left", fontsize=10, color=INK)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.12 - 0.3 / len(shown)), ncols=3)
+    return figure
