@@ -217,7 +217,7 @@ def matmul(
     active = _manual()
     inner = len(have) - 2
     if active is None:
-        y = _dot(x, w, inner, True, out_dtype)
+        y = _dot(x, w, inner, _ACTIVE.get() is None, out_dtype)
         return y if want is None else constrain(y, *want)
     return collective_matmul.matmul(
         x, w, lambda a, b: _dot(a, b, inner, False, out_dtype), w_split=active.split(w_axes), have=active.split(have),
@@ -247,12 +247,26 @@ def once(bias: jax.Array, name: str) -> jax.Array:
 
 def take_rows(table: Any, tokens: jax.Array, want: Names) -> jax.Array:
     """Rows of an embedding table [W,D] (axes vocab, embed) at tokens[B,T] (not split) -> [B,T,D], axes `want`."""
-    active = _manual()
+    active = _ACTIVE.get()
     if active is None:
-        if _ACTIVE.get() is not None and getattr(table, "scale", None) is None:
-            # From a table split in D, XLA would replicate the result before it is split by batch.
-            table = constrain(table, "vocab", "res_embed") if _apart("vocab", "res_embed") else table
-        return constrain(_rows(table, tokens), *want)
+        return _rows(table, tokens)
+    if active.overlap is not None:
+        return _take_local_rows(active, table, tokens, want)
+    if _apart("vocab", "res_embed"):
+        # From a table split in D, XLA would replicate the result before it is split by batch.
+        return constrain(_rows(constrain(table, "vocab", "res_embed"), tokens), *want)
+    # D split more finely than the table's: XLA's partitioner fails a check on such a gather, so it is written out.
+    vocab, embed = active.split(("vocab", "embed"))
+    places = jax.tree.map(lambda a: PartitionSpec(vocab, embed) if a.ndim == 2 else PartitionSpec(vocab), table)
+    inside = dataclasses.replace(active, mesh=dict(active.mesh.shape), overlap="none")
+    return jax.shard_map(
+        lambda table, tokens: _take_local_rows(inside, table, tokens, want),
+        mesh=active.mesh, in_specs=(places, PartitionSpec()), out_specs=PartitionSpec(*active.split(want)),
+        check_vma=False,
+    )(table, tokens)  # fmt: skip
+
+
+def _take_local_rows(active: _Context, table: Any, tokens: jax.Array, want: Names) -> jax.Array:
     vocab, embed = active.split(("vocab", "embed"))
     local = table.shape[0]
     row = tokens - (lax.axis_index(vocab) * local if vocab else 0)
