@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup study study-scratch test test-peers bench lint clean
+.PHONY: help setup study study-scratch study-layouts test test-peers bench lint clean
 
 VENV ?= .venv
 PEERS ?= .venv-peers
@@ -23,6 +23,10 @@ study: setup ## what each attention variant of SmolLM2-135M costs and saves: tab
 
 study-scratch: setup ## MHA, GQA, MQA and CLA2-MQA trained from scratch on equal tokens
 	@$(PY) -m experiments.study --config=configs/study_scratch.py $(ARGS)
+
+study-layouts: ## how a model should be laid out on a TPU slice: predicted, and compiled by the TPU compiler without a TPU
+	@scripts/setup.sh $(VENV) aot
+	@$(PY) -m experiments.sharding_study --config=configs/sharding_study.py $(ARGS)
 
 test: ## the whole test suite (8 fake CPU devices; no torch)
 	@scripts/setup.sh $(VENV) test
