@@ -26,7 +26,7 @@ from kvattn import weights as weights_lib
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.errors import UserError
 from sharding import layouts, use_manual, use_rules
-from sharding.apply import partition_spec
+from sharding.apply import multiply, partition_spec
 from sharding.rules import Rules
 
 PHASES = ("prefill", "decode")
@@ -197,3 +197,55 @@ def _compiler(step: Callable, mesh: Mesh, rules: Rules, caches_at: Any) -> Calla
         return logits, jax.lax.with_sharding_constraint(caches, caches_at)
 
     return fn
+
+
+# --- what a decode step cannot do without ------------------------------------------------------------------
+
+
+def build_floor(
+    cfg: ModelConfig, cache: CacheConfig, layout: layouts.Layout | str, mesh: Mesh, *, batch: int, context: int,
+    weights: str = "bfloat16",
+) -> Program:  # fmt: skip
+    """The weight matmuls and cache reads of a decode step alone, with the shapes one chip has in `layout`: no
+    collectives, norms, rotation, softmax or cache writes. What the compiler estimates for it is the floor that
+    `build(phase="decode")` is held against. fn(params, q, x, caches) -> a scalar.
+
+    Raises as `build`; UserError for a variant that stores no plain k and v.
+    """
+    step = build(cfg, cache, layout, mesh, phase="decode", batch=batch, context=context, weights=weights)
+    if cfg.variant != "heads" or cfg.tied_kv:
+        raise UserError(f"model.variant is {cfg.variant!r}; the floor is written for plain k and v.")
+    sizes, rules = dict(mesh.shape), step.rules
+    rows = batch // layouts.parts(rules["act_batch"], sizes)
+    width = cfg.d_model // layouts.parts(rules["act_embed"], sizes)
+    held = batch // layouts.parts(rules["attn_batch"], sizes)
+    heads = cfg.n_heads // layouts.parts(rules["attn_heads"], sizes)
+    dtype = jax.tree.leaves(step.args[0]["final_norm"])[0].dtype
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    inputs = [jax.ShapeDtypeStruct(s, dtype, sharding=everywhere)
+              for s in ((held, 1, heads, cfg.head_dim), (rows, 1, width))]
+    specs = jax.tree.map(lambda a: a.sharding.spec, step.args)
+    body = functools.partial(_floor, cfg)
+    fn = jax.shard_map(body, mesh=mesh, in_specs=(specs[0], PartitionSpec(), PartitionSpec(), specs[3]),
+                       out_specs=PartitionSpec(), check_vma=False)
+    return Program(fn, (step.args[0], *inputs, step.args[3]), everywhere, (), rules)
+
+
+def _floor(cfg: ModelConfig, params: Any, q: jax.Array, x: jax.Array, caches: Any) -> jax.Array:
+    """One chip: every matmul reads what an earlier one made, as in the model, so that none can be left out."""
+
+    for layer, block in enumerate(params["layers"]):
+        attn, owner = block["attn"], cfg.sources[layer]
+        held = caches[owner].entries
+        made = multiply(x, attn["q"])
+        if owner == layer:
+            made = made + jnp.max(multiply(x, attn["k"])) + jnp.max(multiply(x, attn["v"]))
+        scores = jnp.einsum("btnh,bksh->btnks", q, held["k"].astype(q.dtype))
+        seen = jnp.einsum("btnks,bksv->btnv", scores, held["v"].astype(q.dtype))
+        made = made[..., : cfg.v_head_dim] + jnp.max(seen)
+        hidden = multiply(x, block["mlp"]["up"])
+        if "gate" in block["mlp"]:
+            hidden = hidden * multiply(x, block["mlp"]["gate"])
+        x = multiply(hidden, block["mlp"]["down"]) + multiply(made, attn["o"], 2)
+    table = params["embed"]["table"].T if cfg.tied_embeddings else params["unembed"]["table"]
+    return jnp.max(multiply(x, table)).astype(jnp.float32)

@@ -190,7 +190,7 @@ def own_group(kv: jax.Array, q_heads: int, name: str) -> jax.Array:
 # --- matmuls -----------------------------------------------------------------------------------------------
 
 
-def _dot(x: jax.Array, w: Any, inner: int, flat: bool, out_dtype: Any) -> jax.Array:
+def multiply(x: jax.Array, w: Any, inner: int = 1, flat: bool = False, out_dtype: Any = None) -> jax.Array:
     """x[..., *in] @ w[*in, *out] for an array or an int8 weight, whose scale multiplies the product. `flat`: as one
     [rows, in] x [in, out] matmul, which XLA:CPU runs faster; TPUs would copy a weight to flatten it."""
     scale = getattr(w, "scale", None)
@@ -217,10 +217,10 @@ def matmul(
     active = _manual()
     inner = len(have) - 2
     if active is None:
-        y = _dot(x, w, inner, _ACTIVE.get() is None, out_dtype)
+        y = multiply(x, w, inner, _ACTIVE.get() is None, out_dtype)
         return y if want is None else constrain(y, *want)
     return collective_matmul.matmul(
-        x, w, lambda a, b: _dot(a, b, inner, False, out_dtype), w_split=active.split(w_axes), have=active.split(have),
+        x, w, lambda a, b: multiply(a, b, inner, False, out_dtype), w_split=active.split(w_axes), have=active.split(have),
         want=None if want is None else active.split(want), mesh=active.mesh, overlap=active.overlap,
     )  # fmt: skip
 
