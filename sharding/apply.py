@@ -194,7 +194,8 @@ def multiply(x: jax.Array, w: Any, inner: int = 1, flat: bool = False, out_dtype
     """x[..., *in] @ w[*in, *out] for an array or an int8 weight, whose scale multiplies the product. `flat`: as one
     [rows, in] x [in, out] matmul, which XLA:CPU runs faster; TPUs would copy a weight to flatten it."""
     scale = getattr(w, "scale", None)
-    values, out = (w if scale is None else w.values.astype(x.dtype)), w.shape[inner:]
+    values, out = getattr(w, "values", w), w.shape[inner:]
+    values = values.astype(x.dtype) if values.dtype == jnp.int8 else values
     lead, size = x.shape[: x.ndim - inner], math.prod(w.shape[:inner])
     if flat:
         y = jnp.matmul(x.reshape(-1, size), values.reshape(size, -1), preferred_element_type=out_dtype)
@@ -202,7 +203,11 @@ def multiply(x: jax.Array, w: Any, inner: int = 1, flat: bool = False, out_dtype
     else:
         dims = (tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner)))
         y = lax.dot_general(x, values, (dims, ((), ())), preferred_element_type=out_dtype)
-    return y if scale is None else y * scale.astype(y.dtype).reshape((1,) * len(lead) + out)
+    return y if scale is None else _scaled(y, scale)
+
+
+def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
+    return y * scale.astype(y.dtype).reshape((1,) * (y.ndim - scale.ndim) + scale.shape)
 
 
 def matmul(
@@ -219,10 +224,20 @@ def matmul(
     if active is None:
         y = multiply(x, w, inner, _ACTIVE.get() is None, out_dtype)
         return y if want is None else constrain(y, *want)
-    return collective_matmul.matmul(
-        x, w, lambda a, b: multiply(a, b, inner, False, out_dtype), w_split=active.split(w_axes), have=active.split(have),
-        want=None if want is None else active.split(want), mesh=active.mesh, overlap=active.overlap,
+    have_split, w_split = active.split(have), active.split(w_axes)
+    want_split = None if want is None else active.split(want)
+    values, scale = getattr(w, "values", w), getattr(w, "scale", None)
+    y = collective_matmul.matmul(
+        x, values, lambda a, b: multiply(a, b, inner, False, out_dtype), w_split=w_split, have=have_split,
+        want=want_split, mesh=active.mesh, overlap=active.overlap,
     )  # fmt: skip
+    if scale is None:
+        return y
+    # Scaling and summing commute: the scale meets the result where it is smallest.
+    gone = have_split[0]
+    left = tuple(tuple(a for a in axes if a not in gone) for axes in w_split[inner:])
+    ends = left if want_split is None else want_split[2:]
+    return _scaled(y, manual.reshard(scale, w_split[inner:], ends, active.mesh))
 
 
 def reduce(x: jax.Array, name: str, have: Names, want: Names) -> jax.Array:
@@ -254,7 +269,8 @@ def take_rows(table: Any, tokens: jax.Array, want: Names) -> jax.Array:
         return _take_local_rows(active, table, tokens, want)
     if _apart("vocab", "res_embed"):
         # From a table split in D, XLA would replicate the result before it is split by batch.
-        return constrain(_rows(constrain(table, "vocab", "res_embed"), tokens), *want)
+        table = constrain(table, "vocab", "res_embed") if not hasattr(table, "scale") else table
+        return constrain(_rows(table, tokens), *want)
     # D split more finely than the table's: XLA's partitioner fails a check on such a gather, so it is written out.
     vocab, embed = active.split(("vocab", "embed"))
     places = jax.tree.map(lambda a: PartitionSpec(vocab, embed) if a.ndim == 2 else PartitionSpec(vocab), table)

@@ -23,7 +23,7 @@ UNROLLED = 16  # rings up to this many chips are written out; longer ones are a 
 
 def matmul(
     x: jax.Array,
-    w: Any,
+    w: jax.Array,
     product,
     *,
     w_split: Split,
@@ -36,7 +36,7 @@ def matmul(
 
     Weights are gathered over the axes that split the batch of x, x over those that split its first in dim but not
     w's; what then still splits w's in dim is summed into `want` (or left open, `want=None`). `product(x, w)` is the
-    local matmul over all in dims; w is an array or an int8 weight (.values, .scale).
+    local matmul over all in dims, which may convert w (int8 values travel as int8).
     """
     inner, gone = len(have) - 2, have[0]
     left = tuple(tuple(a for a in axes if a not in gone) for axes in w_split)
@@ -48,7 +48,7 @@ def matmul(
             have = (tuple(a for a in want[0] if a in have[0] or a == axis), *have[1:])
     job = _Job(product, inner, mesh, overlap == "two_way")
     if overlap == "none":
-        y = product(manual.gather(x, 2, have[2], summed, mesh), gather_weight(w, w_split, left, inner, mesh))
+        y = product(manual.gather(x, 2, have[2], summed, mesh), gather_weight(w, w_split, left, mesh))
     elif left != w_split:
         y = weight_ring(manual.gather(x, 2, have[2], summed, mesh), w, w_split, gone, job)
     elif ahead:
@@ -71,19 +71,11 @@ class _Job:
         self.product, self.inner, self.mesh, self.two_way = product, inner, mesh, two_way
 
 
-def gather_weight(w: Any, have: Split, want: Split, inner: int, mesh: Mapping[str, int]) -> Any:
-    """All-gathers every dim of w[*in,*out] from `have` to `want`; of an int8 weight the scale[*out] too."""
-    if have == want:
-        return w
-    values = getattr(w, "values", w)
+def gather_weight(w: jax.Array, have: Split, want: Split, mesh: Mapping[str, int]) -> jax.Array:
+    """All-gathers every dim of w[*in,*out] from `have` to `want`."""
     for dim, (old, new) in enumerate(zip(have, want, strict=True)):
-        values = manual.gather(values, dim, old, new, mesh)
-    if values is w or not hasattr(w, "scale"):
-        return values
-    scale = w.scale
-    for dim, (old, new) in enumerate(zip(have[inner:], want[inner:], strict=True)):
-        scale = manual.gather(scale, dim, old, new, mesh)
-    return w.replace(values=values, scale=scale)
+        w = manual.gather(w, dim, old, new, mesh)
+    return w
 
 
 # --- rings -------------------------------------------------------------------------------------------------
@@ -127,20 +119,20 @@ class Ring:
         return one(self.size - 1, carry, parts, True)[0]
 
 
-def gather_matmul(x: jax.Array, w: Any, axes: Axes, job: _Job) -> jax.Array:
+def gather_matmul(x: jax.Array, w: jax.Array, axes: Axes, job: _Job) -> jax.Array:
     """all_gather(x, over its first in dim) @ w: the shards of x[B,T,I/K,..] travel."""
     ring, width = Ring(axes, job.mesh), x.shape[2]
     halves = job.two_way and width % 2 == 0
     size = width // 2 if halves else width
 
     def body(carry, part, owner, which):
-        y = job.product(part, _take(w, owner * width + which * size, size, 0, job.inner))
+        y = job.product(part, lax.dynamic_slice_in_dim(w, owner * width + which * size, size, 0))
         return y if carry is None else carry + y
 
     return ring.walk(body, None, (x[:, :, :size], x[:, :, size:]) if halves else (x,))
 
 
-def matmul_scatter(x: jax.Array, w: Any, axes: Axes, job: _Job) -> jax.Array:
+def matmul_scatter(x: jax.Array, w: jax.Array, axes: Axes, job: _Job) -> jax.Array:
     """reduce_scatter(x @ w, over its first out dim): the sums travel; at step t chip i adds its share of what chip
     i + K - 1 - t shall hold and passes it on (sheet section 10)."""
     ring = Ring(axes, job.mesh)
@@ -152,14 +144,14 @@ def matmul_scatter(x: jax.Array, w: Any, axes: Axes, job: _Job) -> jax.Array:
         total = None
         for t in range(ring.size):
             owner = (ring.me + step * (ring.size - 1 - t)) % ring.size
-            share = job.product(x, _take(w, owner * width + first, size, job.inner, job.inner))
+            share = job.product(x, lax.dynamic_slice_in_dim(w, owner * width + first, size, job.inner))
             total = share if total is None else ring.pass_on(total, -step) + share
         return total
 
     return jnp.concatenate([run(1, 0), run(-1, size)], 2) if halves else run(1, 0)
 
 
-def weight_ring(x: jax.Array, w: Any, w_split: Split, gone: Axes, job: _Job) -> jax.Array:
+def weight_ring(x: jax.Array, w: jax.Array, w_split: Split, gone: Axes, job: _Job) -> jax.Array:
     """x @ all_gather(w): the shards of w travel round all chips that it is gathered over; each is multiplied with the
     part of x that it meets, and added into its columns."""
     inner, mesh = job.inner, job.mesh
@@ -170,7 +162,7 @@ def weight_ring(x: jax.Array, w: Any, w_split: Split, gone: Axes, job: _Job) -> 
     ins, outs = manual.ring_size(into, mesh), manual.ring_size(out, mesh)
     halves = job.two_way and wide % 2 == 0
     size = wide // 2 if halves else wide
-    parts = tuple(_take(w, h * size, size, inner, inner) for h in (0, 1)) if halves else (w,)
+    parts = tuple(lax.dynamic_slice_in_dim(w, h * size, size, inner) for h in (0, 1)) if halves else (w,)
 
     def meet(part, owner):
         row = _position(owner, axes, into, mesh)
@@ -198,11 +190,3 @@ def _position(owner: jax.Array, axes: Axes, subset: Axes, mesh: Mapping[str, int
     for axis in subset:
         index = index * mesh[axis] + coordinates[axis]
     return index
-
-
-def _take(w: Any, start: Any, size: int, dim: int, inner: int) -> Any:
-    """size entries of dim `dim` of w[*in,*out], which has `inner` in dims; an int8 weight's scale[*out] goes along."""
-    if not hasattr(w, "scale"):
-        return lax.dynamic_slice_in_dim(w, start, size, dim)
-    scale = w.scale if dim < inner else lax.dynamic_slice_in_dim(w.scale, start, size, dim - inner)
-    return w.replace(values=lax.dynamic_slice_in_dim(w.values, start, size, dim), scale=scale)
