@@ -115,6 +115,7 @@ def cut(job: dict) -> tuple[dict, tuple[int, int, int]]:
     cfg = config_lib.from_config_dict(job["model"], ModelConfig)
     k, v = (n if n <= FAKE_DEVICES else math.gcd(n, FAKE_DEVICES) for n in (cfg.n_k_heads, cfg.n_v_heads))
     heads = math.lcm(FAKE_DEVICES, k, v)
+    k, v = (heads if n == cfg.n_heads > 1 else m for n, m in ((cfg.n_k_heads, k), (cfg.n_v_heads, v)))
     heads *= 2 if heads == max(k, v) and cfg.n_heads > max(cfg.n_k_heads, cfg.n_v_heads) else 1
     shared = next((i + 1 for i, owner in enumerate(cfg.sources) if owner != i), 2)
     n_layers = min(cfg.n_layers, max(2, min(shared, 6)))
@@ -151,7 +152,8 @@ def cut(job: dict) -> tuple[dict, tuple[int, int, int]]:
 
 def measure_cut(job: dict) -> dict:
     """Builds and runs the cut of `job`: {milliseconds, worst: largest difference of a logit from the unsharded
-    model's, relative to the largest logit, mesh, batch, context, layers}."""
+    model's, relative to the largest logit, mesh, batch, context, layers}. In float32; with int8 weights activations are
+    bfloat16, whose rounding is then most of `worst`."""
     small, shape = cut(job)
     cfg = config_lib.from_config_dict(small["model"], ModelConfig)
     store = config_lib.from_config_dict(small["cache"], CacheConfig)
@@ -160,6 +162,7 @@ def measure_cut(job: dict) -> dict:
     made = program(mesh, **small)
     params = model_lib.init(jax.random.key(0), cfg)
     params = weights_lib.quantize(params, cfg) if small["weights"] == "int8" else params
+    params = jax.tree.map(lambda x, a: x.astype(a.dtype), params, made.args[0])
     batch, context = small["batch"], small["context"]
     ids = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, context)), jnp.int32)
     at = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), ids.shape)

@@ -15,6 +15,7 @@ KV = ("replicated", "by_head:z", "by_head:yz", "by_head:xyz", "by_batch:z", "by_
 CONTEXTS = tuple(1 << i for i in range(7, 21))
 PANELS = 6  # of context.png
 BARS = 24  # of memory.png
+FAR = 10  # times the best latency: slower rows are left out of frontier.png
 GIB = 2**30
 
 
@@ -59,10 +60,11 @@ def frontier(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
         for cell in (c for c in cells if c.phase == phase):
             group = (cell.variant, cell.slice, cell.context, cell.weights)
             groups.setdefault(group, []).append(cell)
-            rest = lines[cell.id][1:]
+            limit = FAR * _latency(cfg, lines[cell.id][0])
+            rest = [line for line in lines[cell.id][1:] if _latency(cfg, line) < limit]
             axes.plot([_latency(cfg, r) for r in rest], [_cost(cfg, r) for r in rest], ".", ms=2, color=PALE, zorder=1)
         for i, (group, members) in enumerate(groups.items()):
-            _frontier_of(cfg, axes, group, members, lines, COLOURS[i % len(COLOURS)])
+            _frontier_of(cfg, axes, group, members, lines, COLOURS[i % len(COLOURS)], "osv^"[i // len(COLOURS) % 4])
         axes.plot([], [], "D", ms=5, mfc="white", mec=INK, label="compiled + modelled interconnect")
         if any(line.paper for c in cells for line in lines[c.id]):
             axes.plot([], [], "*", ms=11, color=INK, label="paper, measured")
@@ -84,12 +86,12 @@ def _cost(cfg: Experiment, line: Any) -> float:
     return _latency(cfg, line) * line.cell.chips / (line.cell.batch * line.cell.tokens)
 
 
-def _frontier_of(cfg: Experiment, axes: Any, group: tuple, members: list["Cell"], lines, colour: str) -> None:
+def _frontier_of(cfg: Experiment, axes: Any, group: tuple, members: list["Cell"], lines, colour: str, mark: str):
     members = sorted(members, key=lambda c: c.batch * c.tokens)
     best = [lines[cell.id][0] for cell in members]
     xs, ys = [_latency(cfg, b) for b in best], [_cost(cfg, b) for b in best]
     variant, where, length, weights = group
-    axes.plot(xs, ys, "o-", ms=5, lw=1.2, color=colour, label=f"{variant} {where} S{length} {weights}", zorder=3)
+    axes.plot(xs, ys, mark + "-", ms=5, lw=1.2, color=colour, label=f"{variant} {where} S{length} {weights}", zorder=3)
     for cell, x, y in zip(members, xs, ys, strict=True):
         axes.annotate(f"B{cell.batch}", (x, y), fontsize=7, color=colour, xytext=(4, 4), textcoords="offset points")
         for line in lines[cell.id]:
@@ -122,21 +124,47 @@ def context(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
         _plain(axes)
         best = lines[cell.id][0].predicted
         ffn, mesh = best["layout"].partition("/")[0], tuple(best["mesh"])
-        for name, xs, ys in context_lines(cell, ffn, mesh, cfg.sharding_study.rank):
-            axes.plot(xs, [1e3 * y for y in ys], "o-", ms=3, lw=1.3, label=name, color=COLOURS[KV.index(name)])
-            axes.plot(xs[-1:], [1e3 * y for y in ys[-1:]], "|", ms=12, color=COLOURS[KV.index(name)])
+        for names_, xs, ys in _merged(context_lines(cell, ffn, mesh, cfg.sharding_study.rank)):
+            colour, last = COLOURS[KV.index(names_[0])], [1e3 * y for y in ys]
+            axes.plot(xs, last, "o-", ms=3, lw=1.3, label=", ".join(names_), color=colour)
+            axes.plot(xs[-1:], last[-1:], "|", ms=12, color=colour)
         for other in (c for c in cells if (c.variant, c.slice, c.batch, c.phase) == (*_key(cell), "decode")):
             done = [line.compiled for line in lines[other.id] if line.compiled and "failure" not in line.compiled]
             axes.plot([other.context] * len(done), [1e3 * d["total_seconds"] for d in done], "D", ms=5, mfc="white",
                       mec=GREY, zorder=4)  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(_short)
+            axis.set_minor_formatter(_short if axis is axes.yaxis else "")
+        axes.tick_params(which="both", labelsize=8)
         axes.set_xlabel("context, tokens (log; a line ends where memory does)")
         axes.set_ylabel("ms per decode step (log)")
         axes.set_title(f"{cell.variant} {cell.slice} B{cell.batch} {cell.weights}: {ffn} on {'x'.join(map(str, mesh))}",
                        loc="left", fontsize=9, color=INK)  # fmt: skip
         axes.legend(fontsize=7, frameon=False)
     return figure
+
+
+def _short(value: float, _: int) -> str:
+    """128, 2k, 1M; milliseconds as they are."""
+    for unit, name in ((1 << 20, "M"), (1 << 10, "k")):
+        if value >= unit and value % unit == 0:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
+
+
+def _merged(found: list[tuple[str, list, list]]) -> list[tuple[list[str], list, list]]:
+    """Lines within 2 % of each other as one, with all their names."""
+    out: list[tuple[list[str], list, list]] = []
+    for name, xs, ys in found:
+        same = (o for o in out if o[1] == xs and all(abs(a - b) <= 0.02 * b for a, b in zip(ys, o[2], strict=True)))
+        twin = next(same, None)
+        if twin:
+            twin[0].append(name)
+        else:
+            out.append(([name], xs, ys))
+    return out
 
 
 def _key(cell: "Cell") -> tuple:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvattn.sharding_study import Cell
 
 TOP = 8  # predicted rows shown of a cell
-REFUSED = 12  # layouts shown that do not fit
+REFUSED = 12  # reasons shown for which layouts do not fit
 GIB = 2**30
 COLUMNS = (
     "question", "layout", "mesh", "predicted ms", "GiB", "MFU", "chip-s/token", "compiled ms", "GiB", "MFU", "doctor",
@@ -105,25 +105,33 @@ def write(
 def _table(cfg: Experiment, cells, lines, records) -> rich.table.Table:
     out = rich.table.Table(title=cfg.name, title_justify="left", caption_justify="left")
     for i, name in enumerate(COLUMNS[j] for j in _CONSOLE):
-        out.add_column(name, justify="left" if i < 2 else "right", overflow="fold", no_wrap=i > 2)
-    last = None
+        out.add_column(name, justify="left" if i < 2 else "right", overflow="fold", no_wrap=i > 0)
+    last, said = None, []
     groups = list(dict.fromkeys((cell.variant, cell.slice) for cell in cells))
     for cell in sorted(cells, key=lambda c: groups.index((c.variant, c.slice))):
         group = cell.variant, cell.slice
         if group != last:
             out.add_section()
             notes = cell.padded[1]
-            out.add_row(f"[bold]{cell.variant} {cell.slice}[/bold]", f"padded: {', '.join(notes)}" if notes else "")
+            out.add_row(f"[bold]{cell.variant} {cell.slice}[/bold]" + (f", padded {', '.join(notes)}" if notes else ""))
         last = group
         for line in summary_lines((cell,), lines):
             texts = line.cells
             out.add_row("  " + cell.question, *(texts[j] for j in _CONSOLE[1:]))
-        verdict = _planned(records, cell)
-        if verdict and not lines[cell.id]:
-            out.add_row("  " + cell.question, verdict["verdict"])
+        planned = _planned(records, cell)
+        if planned and not lines[cell.id]:
+            out.add_row("  " + cell.question, "none fits")
+            said.append(f"\n{cell.id}: {_nearest(records, cell)} {planned['verdict']}")
     out.caption = (f"Milliseconds a pass and GiB a chip. Predicted: all overlapped - all in turn. Compiled: the TPU "
-                   f"compiler plus modelled interconnect. Measured: {_measured_how(records)}.")  # fmt: skip
+                   f"compiler plus modelled interconnect. Measured: {_measured_how(records)}."
+                   + "".join(said))  # fmt: skip
     return out
+
+
+def _nearest(records, cell) -> str:
+    """Why the layout nearest to fitting does not."""
+    refused = (r["reason"] for r in records if r["kind"] == "predicted" and r["cell"] == cell.id)
+    return next(refused, "")
 
 
 def _planned(records, cell) -> dict[str, Any] | None:
@@ -178,15 +186,27 @@ def _section(cfg: Experiment, cell, lines: list[Line], records) -> list[str]:
         out += ["", *_markdown([(cell.phase, *line.cells[1:]) for line in shown])]
     refused = [r for r in records if r["kind"] == "predicted" and r["cell"] == cell.id and r["reason"]]
     if refused:
-        out += ["", f"Layouts that fit on no mesh: {len(refused)}, the nearest first.", ""]
-        out += [f"- `{r['layout']}` on {_mesh(r)}: {r['reason']}" for r in refused[:REFUSED]]
-        rest = len(refused) - REFUSED
-        out += [f"- {rest} more in results.jsonl"] if rest > 0 else []
+        out += ["", f"{len(refused)} layouts fit on no mesh; by reason, the nearest first:", ""]
+        out += _refused(refused)
     for line in lines:
         if line.compiled and line.compiled.get("first_findings"):
             out += ["", f"The doctor on `{line.predicted['layout']}`, the first of its findings:", ""]
             out += [f"- {text}" for text in line.compiled["first_findings"]]
     return out
+
+
+def _refused(records: list[dict[str, Any]]) -> list[str]:
+    """A line per reason, said of its first layout, with the layouts that share it."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for r in records:
+        groups.setdefault(r["reason"].replace(r["layout"], ""), []).append(r)
+    out = []
+    for members in list(groups.values())[:REFUSED]:
+        first, rest = members[0], [f"`{r['layout']}`" for r in members[1:]]
+        also = f" So are {', '.join(rest)}." if rest else ""
+        out.append(f"- `{first['layout']}` on {_mesh(first)}: {first['reason']}{also}")
+    left = len(groups) - REFUSED
+    return out + ([f"- {left} more reasons in results.jsonl"] if left > 0 else [])
 
 
 # --- texts ---------------------------------------------------------------------------------------------
