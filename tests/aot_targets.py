@@ -112,3 +112,12 @@ def fatal(mesh, message: str = ""):
 
 def sleep(mesh, seconds: float):
     time.sleep(seconds)
+
+
+def decode_floor(mesh, *, model, cache, layout, batch, context, weights):
+    """`kvattn.sharded.build_floor` from dicts, padded as `kvattn.sharded_jobs.program` pads."""
+    from kvattn import config, sharded, sharded_jobs
+
+    cfg = sharded_jobs.padded(config.from_config_dict(model, config.ModelConfig), mesh.size)[0]
+    store = config.from_config_dict(cache, config.CacheConfig)
+    return sharded.build_floor(cfg, store, layout, mesh, batch=batch, context=context, weights=weights)
