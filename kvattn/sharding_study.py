@@ -281,7 +281,9 @@ class _Study:
     def run(self) -> None:
         columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
                    rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn())  # fmt: skip
-        with rich.progress.Progress(*columns, console=self.console, transient=True) as bar, Cuts() as cuts:
+        # A notebook would need widgets for the bar; finished rows are printed in any case.
+        how = {"console": self.console, "transient": True, "disable": self.console.is_jupyter}
+        with rich.progress.Progress(*columns, **how) as bar, Cuts() as cuts:
             task = bar.add_task("predicting", total=len(self.cells))
             for cell in self.cells:
                 bar.update(task, description=cell.id)

@@ -11,8 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FIGURES = {"01_variants_and_bytes.ipynb": 4}
-PRINTS = {"01_variants_and_bytes.ipynb": ("131072", "KV ledger", "exact: True")}  # Llama-3-8B: 2 x 32 x 8 x 128 x 2
+FIGURES = {"01_variants_and_bytes.ipynb": 4, "03_decode_layouts.ipynb": 3}
+PRINTS = {
+    "01_variants_and_bytes.ipynb": ("131072", "KV ledger", "exact: True"),  # Llama-3-8B: 2 x 32 x 8 x 128 x 2
+    "03_decode_layouts.ipynb": ("N 48 -> 64", "Best: ws_2d/by_batch:xyz", "compiled two layers", "cut: "),
+}
 
 
 def test_every_notebook_is_listed():
