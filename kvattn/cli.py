@@ -21,6 +21,7 @@ import ast
 import dataclasses
 import difflib
 import errno
+import glob
 import importlib.util
 import logging as stdlib_logging
 import os
@@ -31,6 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -88,6 +90,7 @@ def run(
     """
     argv = list(sys.argv if argv is None else argv)
     shortcuts = dict(shortcuts or {})
+    _leave_out_absent_tpu()
     # A failed save raises once and is reported once; asyncio would tell of its other tasks at exit.
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     try:
@@ -116,6 +119,17 @@ def run(
             raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+def _leave_out_absent_tpu() -> None:
+    """Where libtpu is installed for its compiler alone, keeps JAX from looking for TPUs that no device file announces:
+    it would find none, and say so in six lines. JAX_PLATFORMS, when set, decides."""
+    if jax.config.jax_platforms or importlib.util.find_spec("libtpu") is None:
+        return
+    if any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*")):
+        return
+    cuda = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    jax.config.update("jax_platforms", "cuda,cpu" if cuda else "cpu")
 
 
 def _main(main: Callable[[config_lib.Experiment], int | None], cfg: config_lib.Experiment) -> int | None:

@@ -24,6 +24,7 @@ from kvattn import model as model_lib
 from kvattn import sharded
 from kvattn import weights as weights_lib
 from kvattn.config import CacheConfig, ModelConfig
+from kvattn.errors import UserError
 from sharding import layouts
 from sharding.doctor import Expectations
 
@@ -65,8 +66,19 @@ def program(
     cfg, _ = padded(cfg, mesh.size)
     return sharded.build(
         cfg, store, layout, mesh, phase=phase, batch=batch, context=context, tokens=tokens, weights=weights,
-        overlap=overlap,
+        overlap=overlap, scan=_scanned(cfg, phase),
     )  # fmt: skip
+
+
+def _scanned(cfg: ModelConfig, phase: str) -> bool:
+    """Whether the layers of a prefill repeat, so that it can be compiled as a scan over them (in seconds, not
+    minutes)."""
+    if phase != "prefill":
+        return False
+    try:
+        return model_lib.scan_period(cfg) > 0
+    except UserError:
+        return False
 
 
 def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: int, context: int, overlap: str):
@@ -162,7 +174,7 @@ def measure_cut(job: dict) -> dict:
     made = program(mesh, **small)
     params = model_lib.init(jax.random.key(0), cfg)
     params = weights_lib.quantize(params, cfg) if small["weights"] == "int8" else params
-    params = jax.tree.map(lambda x, a: x.astype(a.dtype), params, made.args[0])
+    params = jax.tree.map(lambda x, a: x.astype(a.dtype), params, weights_lib.abstract(cfg, small["weights"]))
     batch, context = small["batch"], small["context"]
     ids = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, context)), jnp.int32)
     at = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), ids.shape)
@@ -173,6 +185,8 @@ def measure_cut(job: dict) -> dict:
         _, caches = plain(params, *first, caches)
         plain, ids, at = jax.jit(lambda *a: sharded._pass(cfg, False, *a)), ids[:, -1:], at[:, -1:]
     want = np.asarray(plain(params, ids, at, caches)[0])
+    if _scanned(cfg, small["phase"]):
+        params, caches = model_lib.stack_layers(params, cfg), model_lib.stack_caches(caches, cfg)
     args = _like((params, ids, at, caches), made.args)
     seconds, got = _timed(made, args)
     worst = float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
@@ -186,11 +200,14 @@ def _like(values: Any, abstract: Any) -> Any:
 
 
 def measure(made: sharded.Program, repeats: int = 10) -> float:
-    """Median seconds of one pass of `made` on the devices of its mesh, from random weights and full caches."""
+    """Median seconds of one pass of `made` on the devices of its mesh, from random weights; a decode step fills the
+    last slot of its caches, a prefill empty ones."""
+    length = made.args[1].shape[1]
+    start = made.args[3][0].slots - 1 if length == 1 else 0
 
     def fill(key: jax.Array, leaf: Any) -> jax.Array:
-        if leaf.dtype == jnp.int32:  # the caches' lengths: one token less than they hold
-            return jnp.full(leaf.shape, made.args[3][0].slots - made.args[1].shape[1], jnp.int32)
+        if leaf.dtype == jnp.int32:  # the caches' lengths
+            return jnp.full(leaf.shape, start, jnp.int32)
         if leaf.dtype == jnp.int8:
             return jax.random.randint(key, leaf.shape, -127, 128, jnp.int8)
         return jax.random.normal(key, leaf.shape, leaf.dtype) * jnp.asarray(0.02, leaf.dtype)
@@ -202,8 +219,7 @@ def measure(made: sharded.Program, repeats: int = 10) -> float:
                      for k, a in zip(keys, leaves, strict=True)]  # fmt: skip
         return jax.tree.unflatten(shape, made_here)
 
-    ids, length = made.args[1], made.args[1].shape[1]
-    start = 0 if length > 1 else made.args[3][0].slots - 1
+    ids = made.args[1]
     at = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), ids.shape)
     args = (tree(made.args[0], 0), *_like((jnp.zeros(ids.shape, jnp.int32), at), made.args[1:3]), tree(made.args[3], 1))
     return _timed(made, args, repeats)[0]
