@@ -82,8 +82,9 @@ def _scanned(cfg: ModelConfig, phase: str) -> bool:
 
 
 def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: int, context: int, overlap: str):
-    """What the doctor holds a compiled pass of `cfg` (padded) against: the cache arrays of one chip, and, for the
-    written-out collectives (overlap none), those that the cost model predicts."""
+    """What the doctor holds a compiled pass of `cfg` (padded) against: in decode the cache arrays of one chip, which
+    a prefill writes as a whole, and, for the written-out collectives (overlap none), those that the cost model
+    predicts. Gathered weights are not checked by axis: the model counts one gather, the program one for each dim."""
     mesh = dict(prediction.mesh)
     table = layouts.rules(prediction.layout, mesh, {
         "embed": cfg.d_model, "mlp": cfg.d_ff, "vocab": cfg.vocab_size, "q_heads": cfg.n_heads,
@@ -95,7 +96,8 @@ def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: i
         if len(leaf.shape) == 4:
             sizes = [n // parts for n, parts in zip(leaf.shape, split)]  # rings included: by_seq divides every owner
             held.add(((*sizes, leaf.shape[3]), _HLO[str(leaf.dtype)]))
-    if overlap != "none":
+    held = held if prediction.tokens == batch else set()
+    if overlap != "none" or prediction.layout.gathered:
         return Expectations(None, tuple(sorted(held)))
     found: dict[tuple[str, tuple[str, ...]], float] = {}
     for c in prediction.collectives:
