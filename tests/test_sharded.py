@@ -1,0 +1,164 @@
+"""Prefill and decode on 8 fake chips against the unsharded model: every layout, way of splitting K and V, and overlap.
+
+The oracle is the plain forward pass over each row's own tokens, without cache and without padding, so that one
+comparison covers the layout's collectives, the cache split over chips, and padding on either side.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from kvattn import cache, model, sharded
+from kvattn.config import CacheConfig, MaskConfig
+from kvattn.errors import UserError
+from sharding import ShardingError, layouts
+from tests import shapes, tiny
+from tests.test_model import lively
+from tests.tolerances import EXACT, F32_SHARDED, close
+
+TOKENS, STEPS, SLOTS = 6, 2, 16  # of the longest prompt; decoded after it; of a full cache
+# Every dim that a layout may split is divisible by 8: W 64, D 48, N 8, F 40, S 16; a ring has 6 + 2 slots.
+BASE = {"vocab_size": 64, "d_model": 48, "n_heads": 8, "n_k_heads": 4, "n_v_heads": 4, "d_ff": 40, "n_layers": 2}
+RING = CacheConfig(kinds=("ring",))
+
+
+def config(**changes):
+    return tiny.config(**(BASE | changes))
+
+
+ONE_HEAD = {"n_k_heads": 1, "n_v_heads": 1}
+MODELS = {
+    "palm": config(**ONE_HEAD, residual="parallel_palm", norm="layernorm"),
+    "mqa": config(**ONE_HEAD),
+    "gqa": config(),
+    "mha": config(n_k_heads=8, n_v_heads=8, d_ff=80, mlp="gelu"),
+    "uneven": config(n_k_heads=2, n_v_heads=8),
+    "many_v": config(n_k_heads=1, n_v_heads=4),
+    "cla2": config(n_k_heads=2, n_v_heads=2, kv_source=(0, 0), kv_norm=True),
+    "ring": config(masks=(MaskConfig(window=6, sinks=2),)),
+    "qk_head": config(qk_norm="head", qkv_bias=True, o_bias=True, mlp_bias=True, tied_embeddings=False),
+    "qk_full": config(qk_norm="full", residual="parallel_neox", norm="layernorm", o_bias=True, mlp_bias=True),
+    "gemma": config(norm_placement="both", norm_offset=1.0, attn_soft_cap=9.0, embed_scale=48**0.5),
+    "tied_kv": config(tied_kv=True, v_head_dim=10),
+    "ladder": config(**ONE_HEAD, residual="ladder"),
+}
+
+
+@pytest.fixture(autouse=True)
+def local_shapes(monkeypatch):
+    """Inside a shard_map arrays have the shapes of one chip, which the session's shape checks do not know."""
+    monkeypatch.setattr(shapes, "_is", lambda *_: None)
+
+
+def mesh_of(shape=(2, 2, 2)):
+    return jax.make_mesh(shape, ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
+
+
+@functools.cache
+def case(name, batch):
+    """(params, the prompt's tokens and positions, those of STEPS later tokens, logits [1 + STEPS, B, W]).
+
+    Rows are ragged: even rows are padded on the left, odd ones on the right.
+    """
+    cfg, rng = MODELS[name], np.random.default_rng(7)
+    rows = rng.integers(0, cfg.vocab_size, (batch, TOKENS + STEPS)).astype(np.int32)
+    lengths = TOKENS - np.arange(batch) % 4
+    params = lively(cfg)
+    prompt, positions = np.full((2, batch, TOKENS), -1, np.int32)
+    for b, n in enumerate(lengths):
+        at = slice(TOKENS - n, None) if b % 2 == 0 else slice(0, n)
+        prompt[b, at], positions[b, at] = rows[b, :n], np.arange(n)
+    logits = np.asarray(jax.jit(model.forward, static_argnums=1)(params, cfg, model.Inputs(jnp.asarray(rows)))[0].logits)
+    every = np.arange(batch)
+    want = np.stack([logits[every, lengths - 1 + i] for i in range(1 + STEPS)])
+    steps = [(rows[every, lengths + i][:, None], (lengths + i).astype(np.int32)[:, None]) for i in range(STEPS)]
+    return params, (np.where(prompt < 0, 3, prompt).astype(np.int32), positions), steps, want
+
+
+@functools.cache
+def filled(name, batch):
+    """The unsharded caches of `case`: after the prompt, and after the steps."""
+    params, prompt, steps, _ = case(name, batch)
+    cfg = MODELS[name]
+    caches = cache.create(cfg, store(name), batch, SLOTS)
+    after = []
+    forward = jax.jit(model.forward, static_argnums=1)
+    for i, (tokens, positions) in enumerate([prompt, *steps]):
+        inputs = model.Inputs(jnp.asarray(tokens), jnp.asarray(positions), fresh=i == 0)
+        caches = forward(params, cfg, inputs, caches=caches)[1]
+        after.append(jax.device_get(caches))
+    return after[0], after[-1]
+
+
+def store(name):
+    return RING if name == "ring" else CacheConfig()
+
+
+def program(name, phase, layout, overlap, batch, shape=(2, 2, 2)):
+    """(call, its abstract arguments): a compiled program that places its own arguments."""
+    p = sharded.build(MODELS[name], store(name), layout, mesh_of(shape), phase=phase, batch=batch, context=SLOTS,
+                      tokens=TOKENS if phase == "prefill" else 0, weights="float32", overlap=overlap)  # fmt: skip
+    compiled = jax.jit(p.fn).lower(*p.args).compile()
+
+    def call(*args):
+        return compiled(*jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), args, p.args))
+
+    return call, p.args
+
+
+def same_caches(got, want):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        close(one, other, F32_SHARDED, "cache")
+
+
+def check_prefill(name, layout, overlap="none", batch=8, shape=(2, 2, 2)):
+    params, prompt, _, want = case(name, batch)
+    call, args = program(name, "prefill", layout, overlap, batch, shape)
+    empty = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), args[3])
+    logits, caches = call(params, *prompt, empty)
+    close(logits, want[0], F32_SHARDED, f"prefill of {name} in {layout}")
+    same_caches(caches, filled(name, batch)[0])
+
+
+def check_decode(name, layout, overlap="none", batch=8, shape=(2, 2, 2)):
+    params, _, steps, want = case(name, batch)
+    caches, end = filled(name, batch)
+    call, _ = program(name, "decode", layout, overlap, batch, shape)
+    for i, (tokens, positions) in enumerate(steps):
+        logits, caches = call(params, tokens, positions, caches)
+        close(logits, want[1 + i], F32_SHARDED, f"step {i} of {name} in {layout}")
+    same_caches(caches, end)
+
+
+# --- the matrix: every layout x every way of splitting K and V, and every model in several of them -----------
+
+DECODE = [
+    ("palm", "ws_1d/replicated", "none"), ("palm", "ws_2d/by_batch:xyz", "two_way"),
+    ("palm", "wg_x/by_batch:yz", "one_way"), ("palm", "wg_xyz/by_batch:xyz", "compiler"),
+    ("mqa", "ws_2d/by_seq:xyz", "one_way"), ("mqa", "ws_1d/by_batch:yz+by_seq:x", "two_way"),
+    ("mqa", "wg_xy/by_batch:z+by_seq:xy", "none"), ("mqa", "ws_2d/by_seq:x", "compiler"),
+    ("gqa", "ws_2d/by_head:z+by_batch:xy", "one_way"), ("gqa", "ws_1d/by_head:yz", "none"),
+    ("gqa", "wg_xyz/by_head:z+by_batch:xy", "two_way"), ("gqa", "wg_x/replicated", "compiler"),
+    ("gqa", "ws_2d/by_head:z+by_seq:xy", "none"), ("gqa", "wg_xy/by_head:yz+by_seq:x", "one_way"),
+    ("mha", "ws_2d/by_head:xyz", "two_way"), ("mha", "ws_1d/by_head:xyz", "one_way"),
+    ("mha", "wg_xy/by_head:xyz", "compiler"), ("mha", "wg_x/by_batch:xyz", "none"),
+    ("uneven", "ws_2d/by_head:z+by_batch:y", "none"), ("uneven", "wg_xyz/by_batch:z", "one_way"),
+    ("many_v", "ws_2d/by_batch:yz", "two_way"), ("many_v", "ws_1d/by_seq:yz", "none"),
+    ("cla2", "ws_2d/by_batch:xyz", "none"), ("cla2", "wg_x/by_head:z+by_seq:y", "two_way"),
+    ("ring", "ws_2d/by_seq:xyz", "none"), ("ring", "wg_xy/by_batch:xy", "two_way"),
+    ("ring", "ws_1d/by_head:z+by_batch:xy", "compiler"),
+    ("qk_head", "ws_2d/by_head:yz+by_batch:x", "one_way"), ("qk_head", "wg_xy/by_batch:yz", "none"),
+    ("qk_full", "ws_2d/by_batch:xyz", "two_way"), ("qk_full", "wg_x/by_head:z", "none"),
+    ("gemma", "ws_2d/by_head:z+by_batch:xy", "none"), ("gemma", "wg_xyz/by_batch:xyz", "one_way"),
+    ("tied_kv", "ws_2d/by_batch:xyz", "one_way"), ("tied_kv", "ws_1d/by_seq:z", "none"),
+    ("ladder", "ws_2d/by_batch:xyz", "one_way"), ("ladder", "wg_xy/by_batch:xyz", "none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, layout, overlap", DECODE)
+def test_decode(name, layout, overlap):
+    check_decode(name, layout, overlap)
