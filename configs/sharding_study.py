@@ -3,7 +3,7 @@
 Command:  python -m experiments.sharding_study   (--compile=none predicts only; the same command resumes)
 Paper:    Efficiently Scaling Transformer Inference, 2211.05102, sections 2 to 5.
 Hardware: 2 CPU cores, 4 GB; no TPU.
-Minutes:  2
+Minutes:  6, on busy cores.
 Expect:   decode: weight-stationary layouts with the cache split by batch over all chips.
 """
 

@@ -68,18 +68,29 @@ def frontier(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
         axes.plot([], [], "D", ms=5, mfc="white", mec=INK, label="compiled + modelled interconnect")
         if any(line.paper for c in cells for line in lines[c.id]):
             axes.plot([], [], "*", ms=11, color=INK, label="paper, measured")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel(f"seconds per {'step' if phase == 'decode' else 'prefill'} (log)")
-        axes.set_ylabel("chip-seconds per token (log, lower is cheaper)")
+        _log_ticks(axes)
+        axes.set_xlabel(f"ms per {'step' if phase == 'decode' else 'prefill'} (log)")
+        axes.set_ylabel("chip-milliseconds per token (log, lower is cheaper)")
         title = f"{phase}: best layout of each batch, predicted (overlap {cfg.sharding_study.rank!r})"
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.legend(fontsize=7, frameon=False)
     return figure
 
 
+def _log_ticks(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.tick_params(labelsize=8)
+
+
 def _latency(cfg: Experiment, line: Any) -> float:
-    return line.predicted["seconds"][cfg.sharding_study.rank]
+    return 1e3 * line.predicted["seconds"][cfg.sharding_study.rank]
 
 
 def _cost(cfg: Experiment, line: Any) -> float:
@@ -97,10 +108,10 @@ def _frontier_of(cfg: Experiment, axes: Any, group: tuple, members: list["Cell"]
         for line in lines[cell.id]:
             per = cell.chips / (cell.batch * cell.tokens)
             if line.compiled and "failure" not in line.compiled:
-                t = line.compiled["total_seconds"]
+                t = 1e3 * line.compiled["total_seconds"]
                 axes.plot(t, t * per, "D", ms=5, mfc="white", mec=colour, zorder=4)
             if line.paper:
-                axes.plot(line.paper, line.paper * per, "*", ms=11, color=colour, zorder=5)
+                axes.plot(1e3 * line.paper, 1e3 * line.paper * per, "*", ms=11, color=colour, zorder=5)
 
 
 def _decodes(cells: list["Cell"]) -> list["Cell"]:
@@ -113,7 +124,7 @@ def _decodes(cells: list["Cell"]) -> list["Cell"]:
 
 def context(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
     """Predicted step time against context, a line per KV layout, under the FFN layout and mesh of the cell's best row;
-    a line ends where the memory does. Diamonds: the compiler."""
+    a line ends where the memory does. Diamonds: the compiler, of any layout it was asked for."""
     chosen = _decodes(cells)
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -129,9 +140,12 @@ def context(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
             axes.plot(xs, last, "o-", ms=3, lw=1.3, label=", ".join(names_), color=colour)
             axes.plot(xs[-1:], last[-1:], "|", ms=12, color=colour)
         for other in (c for c in cells if (c.variant, c.slice, c.batch, c.phase) == (*_key(cell), "decode")):
-            done = [line.compiled for line in lines[other.id] if line.compiled and "failure" not in line.compiled]
-            axes.plot([other.context] * len(done), [1e3 * d["total_seconds"] for d in done], "D", ms=5, mfc="white",
-                      mec=GREY, zorder=4)  # fmt: skip
+            for line in lines[other.id]:
+                if line.compiled and "failure" not in line.compiled:
+                    kv = line.predicted["layout"].partition("/")[2]
+                    axes.plot(other.context, 1e3 * line.compiled["total_seconds"], "D", ms=6, mfc="white", zorder=4,
+                              mec=COLOURS[KV.index(kv)] if kv in KV else GREY)  # fmt: skip
+        axes.plot([], [], "D", ms=6, mfc="white", mec=GREY, label="compiled + modelled interconnect")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
@@ -222,5 +236,5 @@ def memory(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
     axes.invert_yaxis()
     axes.set_xlabel("GiB per chip; upper bar predicted, lower bar the TPU compiler")
     axes.set_title(f"{cfg.name}: memory of each question's best layout", loc="left", fontsize=10, color=INK)
-    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.12 - 0.3 / len(shown)), ncols=3)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.75 / (len(shown) + 1)), ncols=3)
     return figure

@@ -27,8 +27,9 @@ therefore exceed 100 %.
 
 - **predicted**: the cost model, from all of compute, HBM and interconnect overlapping to all of them in turn.
 - **compiled**: the real TPU compiler's estimate of compute and HBM time (its cycles at the clock that makes its large
-  copy and large matmul take their data-sheet time) plus the interconnect time of the cost model, in turn: the compiler
-  gives collectives no cycles. `GiB` is the compiler's own memory plan; `doctor` is warnings + notes.
+  copy and large matmul take their data-sheet time), at least the HBM time of the cost model, plus its interconnect
+  time, in turn: the compiler gives asynchronous copies and collectives no cycles. `GiB` is the compiler's own memory
+  plan; `doctor` is warnings + notes.
 - **measured**: {measured}.
 - **paper**: published measurements.
 """
@@ -112,8 +113,9 @@ def _table(cfg: Experiment, cells, lines, records) -> rich.table.Table:
         group = cell.variant, cell.slice
         if group != last:
             out.add_section()
-            notes = cell.padded[1]
-            out.add_row(f"[bold]{cell.variant} {cell.slice}[/bold]" + (f", padded {', '.join(notes)}" if notes else ""))
+            out.add_row(f"[bold]{cell.variant} {cell.slice}[/bold]")
+            if cell.padded[1]:
+                said.append(f"\n{cell.variant} {cell.slice} is padded: {', '.join(cell.padded[1])}.")
         last = group
         for line in summary_lines((cell,), lines):
             texts = line.cells
@@ -123,7 +125,7 @@ def _table(cfg: Experiment, cells, lines, records) -> rich.table.Table:
             out.add_row("  " + cell.question, "none fits")
             said.append(f"\n{cell.id}: {_nearest(records, cell)} {planned['verdict']}")
     out.caption = (f"Milliseconds a pass and GiB a chip. Predicted: all overlapped - all in turn. Compiled: the TPU "
-                   f"compiler plus modelled interconnect. Measured: {_measured_how(records)}."
+                   f"compiler plus modelled interconnect; doctor: warnings + notes. Measured: {_measured_how(records)}."
                    + "".join(said))  # fmt: skip
     return out
 
@@ -144,7 +146,7 @@ def _measured_how(records: list[dict[str, Any]]) -> str:
         return "nothing"
     if all(kind.startswith("cut") for kind in kinds):
         return ("a small cut of the model on fake CPU devices, not the slice: its time only says that the layout runs, "
-                "`err` how far its logits are from the unsharded model's")  # fmt: skip
+                "the last number how far its logits are from the unsharded model's, relatively")  # fmt: skip
     return "the true program on " + ", ".join(kind for kind in kinds if not kind.startswith("cut"))
 
 
@@ -219,7 +221,7 @@ def measured_text(record: dict[str, Any] | None) -> str:
     if "failure" in record:
         return "failed"
     if "worst" in record:
-        return f"cut: {record['milliseconds']:.3g} ms, err {record['worst']:.0e}"
+        return f"cut: {record['milliseconds']:.3g} ms, {record['worst']:.0e}"
     return f"{record['milliseconds']:.4g} ms"
 
 
