@@ -236,5 +236,5 @@ def memory(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
     axes.invert_yaxis()
     axes.set_xlabel("GiB per chip; upper bar predicted, lower bar the TPU compiler")
     axes.set_title(f"{cfg.name}: memory of each question's best layout", loc="left", fontsize=10, color=INK)
-    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.75 / (len(shown) + 1)), ncols=3)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -1.0 / (len(shown) + 1)), ncols=3)
     return figure

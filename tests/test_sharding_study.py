@@ -93,6 +93,7 @@ def test_compiled_is_the_compilers_answer(done):
         assert "failure" not in r and r["seconds"] > 0 and r["compile_seconds"] > 0
         close(r["interconnect_seconds"], p["interconnect_seconds"], CLOSED_FORM)
         close(r["total_seconds"], max(r["seconds"], p["hbm_seconds"]) + p["interconnect_seconds"], CLOSED_FORM)
+        close(r["mfu"], p["mfu"] * p["seconds"]["full"] / r["total_seconds"], CLOSED_FORM)
         held = p["memory_bytes"]["weights"] + p["memory_bytes"]["cache"]
         own = 2 * 4 * 16 + 2 * 4 * 16  # tokens, positions; the caches' lengths (over-counted where they are split)
         assert held <= r["memory"]["arguments"] <= held + own + 2**16, "padding to tiles is small"
