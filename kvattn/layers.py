@@ -100,7 +100,7 @@ def dense(
     if bias is None:
         return y
     if want is None:
-        return y + _like(once(reshard(bias, ("norm",), ("embed",)), axes[0]), y)
+        return y + _like(once(reshard(bias, ("norm",), ("act_embed",)), axes[0]), y)
     return y + _like(reshard(bias, axes[len(have) - 2 :], want[2:]), y)
 
 

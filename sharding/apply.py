@@ -28,6 +28,7 @@ from sharding.rules import Rules, ShardingError, mesh_axes
 
 _LOOKUP = 1 << 27  # elements of looked-up rows a chip may hold at once
 
+_ANY_ORDER = ("attn_heads", "attn_out_heads")  # in which a chip's query heads attend
 Names = tuple[str | None, ...]  # logical axes, one a dim; None = not split
 
 
@@ -39,6 +40,12 @@ class _Context:
 
     def split(self, names: Names) -> manual.Split:
         return tuple(() if n is None else mesh_axes(self.rules, n) for n in names)
+
+    def orders(self, have: Names, want: Names) -> dict[int, tuple[str, ...]]:
+        """For `manual.reshard`: query heads that attend to one K/V head may lie in any order while they do."""
+        dims = [d for d, pair in enumerate(zip(have, want, strict=True)) if any(n in _ANY_ORDER for n in pair)]
+        stored = mesh_axes(self.rules, "q_heads") if dims else ()
+        return {d: stored + tuple(a for a in self.mesh if a not in stored) for d in dims}
 
 
 _ACTIVE: contextvars.ContextVar[_Context | None] = contextvars.ContextVar("kvattn_rules", default=None)
@@ -123,7 +130,7 @@ def reshard(x: jax.Array, have: Names, want: Names) -> jax.Array:
     active = _manual()
     if active is None:
         return constrain(x, *want)
-    return manual.reshard(x, active.split(have), active.split(want), active.mesh)
+    return manual.reshard(x, active.split(have), active.split(want), active.mesh, active.orders(have, want))
 
 
 def settle(x: jax.Array) -> jax.Array:
@@ -168,7 +175,8 @@ def merge_softmax(out: jax.Array, top: jax.Array, total: jax.Array, name: str, h
     weight = total * jnp.exp(top - best)
     everything = lax.psum(weight, over)
     share = weight / jnp.where(everything == 0, 1.0, everything)
-    return manual.reduce(out * share[..., None], over, active.split(have), active.split(want), active.mesh)
+    return manual.reduce(out * share[..., None], over, active.split(have), active.split(want), active.mesh,
+                         active.orders(have, want))
 
 
 def own_group(kv: jax.Array, q_heads: int, name: str) -> jax.Array:

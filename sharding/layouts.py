@@ -118,7 +118,10 @@ def rules(layout: Layout, mesh: Mapping[str, int], dims: Mapping[str, int]) -> R
     _divides(dims["batch"], gone, mesh, "batch", layout)
     held = {one: _prefix(stored, dims[f"{one}_heads"], mesh) for one in ("k", "v")}
     split = tuple(a for a in stored if a in held["k"] + held["v"] and a not in gone)
+    # K and V are projected in the rows that the cache keeps, where these continue the rows of the activations.
     batch = ordered(gone + tuple(a for a in layout.kv_batch if a not in split), BATCH_ORDER)
+    if gone and layout.kv_batch[: len(batch)] != batch[: len(layout.kv_batch)]:
+        batch = gone
     kv = {}
     for one in ("k", "v"):
         own = tuple(a for a in held[one] if a not in gone)

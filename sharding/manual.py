@@ -16,6 +16,7 @@ from sharding.rules import ShardingError
 
 Axes = tuple[str, ...]
 Split = tuple[Axes, ...]  # per dim, the mesh axes that split it
+_IN_BLOCKS: Mapping[int, Axes] = {}  # no dim's entries in an order of their own
 
 
 # --- views: a dim as [sizes of the axes it is not split over ..., what is left] ----------------------------
@@ -50,15 +51,19 @@ def _close(x: jax.Array, dim: int, opened: int) -> jax.Array:
 # --- one dim, one kind of change ---------------------------------------------------------------------------
 
 
-def gather(x: jax.Array, dim: int, have: Axes, want: Axes, mesh: Mapping[str, int]) -> jax.Array:
-    """All-gather: `dim`, split over `have`, becomes split over `want`, a part of `have`."""
+def gather(
+    x: jax.Array, dim: int, have: Axes, want: Axes, mesh: Mapping[str, int], full: Axes | None = None
+) -> jax.Array:
+    """All-gather: `dim`, split over `have`, becomes split over `want`, a part of `have`. `full`: the order in which
+    the dim is split by all axes of a longer move."""
     gone = tuple(a for a in have if a not in want)
     if not gone:
         return x
-    if have[: len(want)] == want:
+    full = full or _full(have, want)
+    if full[: len(have)] == have and have[: len(want)] == want:
         return _lean(lambda y, at: lax.all_gather(y, gone, axis=at, tiled=True), x, dim)
     y = lax.all_gather(x, gone, axis=dim, tiled=False)
-    return _place(y, dim, dim, gone, _full(have, want), want, mesh)
+    return _place(y, dim, gone, full, have, mesh)
 
 
 def _lean(collective, x: jax.Array, dim: int) -> jax.Array:
@@ -69,24 +74,23 @@ def _lean(collective, x: jax.Array, dim: int) -> jax.Array:
     return y.reshape([next(sizes) if d in kept else 1 for d in range(x.ndim)])
 
 
-def _place(y: jax.Array, at: int, dim: int, axes: Axes, full: Axes, want: Axes, mesh: Mapping[str, int]) -> jax.Array:
-    """y has a new dim at `at` that counts over `axes`, and right after the dims before it the old `dim`: puts the
-    new values where `full` wants them."""
-    order = [a for a in full if a in axes]
-    y = y.reshape(*y.shape[:at], *(mesh[a] for a in axes), *y.shape[at + 1 :])
-    perm = list(range(y.ndim))
-    perm[at : at + len(axes)] = [at + axes.index(a) for a in order]
-    y = y.transpose(perm)
-    # Axes that `dim` was already whole over sit inside the old dim; interleave them with the new ones.
-    before = [a for a in full if a not in want and a not in axes]
-    if before:
-        raise ShardingError("gathering a dim in two orders is not supported; gather all its axes at once.")
-    return _close(y, dim, len(axes))
+def _place(y: jax.Array, dim: int, axes: Axes, full: Axes, have: Axes, mesh: Mapping[str, int]) -> jax.Array:
+    """y has a new dim at `dim` that counts over `axes`, and after it the dim that was split over `have`: joins the two,
+    the new values where `full` wants them among those of the axes that the dim was whole over."""
+    whole = [a for a in full if a not in have]
+    y = y.reshape(*y.shape[:dim], *(mesh[a] for a in axes), *y.shape[dim + 1 :])
+    y = _open(y, dim + len(axes), full, have, mesh)
+    now = [*axes, *whole]
+    order = [now.index(a) for a in full if a in now]
+    y = y.transpose([*range(dim), *(dim + i for i in order), *range(dim + len(now), y.ndim)])
+    return _close(y, dim, len(now))
 
 
-def slice_(x: jax.Array, dim: int, have: Axes, axis: str, want: Axes, mesh: Mapping[str, int]) -> jax.Array:
+def slice_(
+    x: jax.Array, dim: int, have: Axes, axis: str, want: Axes, mesh: Mapping[str, int], full: Axes | None = None
+) -> jax.Array:
     """Keeps this chip's part of `dim` along `axis`: no communication."""
-    full = _full(have, want)
+    full = full or _full(have, want)
     y = _open(x, dim, full, have, mesh)
     at = dim + [a for a in full if a not in have].index(axis)
     y = lax.dynamic_index_in_dim(y, lax.axis_index(axis), at, keepdims=False)
@@ -110,34 +114,42 @@ def scatter(x: jax.Array, dim: int, have: Axes, axes: Axes, want: Axes, mesh: Ma
 
 
 def exchange(
-    x: jax.Array, source: int, target: int, axes: Axes, have: Split, want: Axes, mesh: Mapping[str, int]
+    x: jax.Array, source: int, target: int, axes: Axes, have: Split, full: Split, mesh: Mapping[str, int]
 ) -> jax.Array:
-    """All-to-all: `axes` stop splitting dim `source` and split dim `target`, on its way to `want`, instead."""
-    full = _full(have[target], want)
-    missing = [a for a in full if a not in have[target]]
+    """All-to-all: `axes` stop splitting dim `source` and split dim `target` instead. `full`: per dim, the order in
+    which it is split by all axes of the move."""
+    missing = [a for a in full[target] if a not in have[target]]
     moved = tuple(a for a in missing if a in axes)
     at = target + missing.index(moved[0])
     if tuple(missing[at - target : at - target + len(moved)]) != moved:
         raise ShardingError(f"axes {'+'.join(axes)} are not neighbours in the order of the dim they move to.")
-    y = _open(x, target, full, have[target], mesh)
+    y = _open(x, target, full[target], have[target], mesh)
     y = y.reshape(*y.shape[:at], -1, *y.shape[at + len(moved) :])
     opened = len(missing) - len(moved)  # dims of `target` still open after the exchange
     place = source if source < target else source + opened
     y = lax.all_to_all(y, moved, split_axis=at, concat_axis=place, tiled=False)
     y = _close(y, target + (1 if source < target else 0), opened)
-    after = tuple(a for a in have[source] if a not in axes)
-    return _place(y, source, source, moved, _full(have[source], after), after, mesh)
+    return _place(y, source, moved, full[source], have[source], mesh)
 
 
 # --- layouts -----------------------------------------------------------------------------------------------
 
 
-def reshard(x: jax.Array, have: Split, want: Split, mesh: Mapping[str, int]) -> jax.Array:
+def reshard(
+    x: jax.Array, have: Split, want: Split, mesh: Mapping[str, int], orders: Mapping[int, Axes] = _IN_BLOCKS
+) -> jax.Array:
     """x, split as `have`, becomes split as `want`: slices first, then all-to-alls, then all-gathers.
 
-    Raises ShardingError where that would need rows to move between blocks of one dim.
+    A dim of which neither layout continues the other (x, then y+z) is gathered up to the axes they share before it is
+    split again, so that every chip ends with one block. `orders`: dims whose entries may be held in any order as long
+    as it is undone on the way back, with all axes that may split them; they are not.
     """
     have, leaving = list(have), {}
+    for dim in range(x.ndim):
+        shared = _shared(have[dim], want[dim])
+        if dim not in orders and shared not in (have[dim], want[dim]):
+            x, have[dim] = gather(x, dim, have[dim], shared, mesh), shared
+    full = tuple(orders.get(d) or max(have[d], want[d], key=len) for d in range(x.ndim))
     for dim, axes in enumerate(have):
         for axis in axes:
             if axis not in want[dim]:
@@ -145,34 +157,40 @@ def reshard(x: jax.Array, have: Split, want: Split, mesh: Mapping[str, int]) -> 
     for dim in range(x.ndim):
         added = [a for a in want[dim] if a not in have[dim]]
         if added:
-            x, have[dim] = _forget(x, dim, have[dim], want, mesh)
+            x, have[dim] = _forget(x, dim, have[dim], want, mesh, full)
         while added:
             source = leaving.get(added[0])
-            if source is None:
-                axis, goal = added.pop(0), _toward(have[dim], want[dim])
-                x = slice_(x, dim, have[dim], axis, goal, mesh)
-                have[dim] = tuple(a for a in goal if a in have[dim] or a == axis)
-                continue
             run = [added.pop(0)]
-            while added and leaving.get(added[0]) == source:
-                run.append(added.pop(0))
-            x, have[source] = _forget(x, source, have[source], want, mesh)
-            goal = _toward(have[dim], want[dim])
-            x = exchange(x, source, dim, tuple(run), tuple(have), goal, mesh)
-            have[dim] = tuple(a for a in goal if a in have[dim] or a in run)
-            have[source] = tuple(a for a in have[source] if a not in run)
-            for axis in run:
-                del leaving[axis]
+            if source is None:
+                x = slice_(x, dim, have[dim], run[0], want[dim], mesh, full[dim])
+            else:
+                while added and leaving.get(added[0]) == source:
+                    run.append(added.pop(0))
+                x, have[source] = _forget(x, source, have[source], want, mesh, full)
+                x = exchange(x, source, dim, tuple(run), tuple(have), full, mesh)
+                have[source] = tuple(a for a in have[source] if a not in run)
+                for axis in run:
+                    del leaving[axis]
+            have[dim] = tuple(a for a in full[dim] if a in have[dim] or a in run)
     for dim in range(x.ndim):
-        x = gather(x, dim, have[dim], want[dim], mesh)
+        x = gather(x, dim, have[dim], want[dim], mesh, full[dim])
     return x
 
 
-def _forget(x: jax.Array, dim: int, have: Axes, want: Split, mesh: Mapping[str, int]) -> tuple[jax.Array, Axes]:
-    """Gathers `dim` over the axes that no dim will be split over: before others join or leave it, so that what is
-    left is whole blocks."""
+def _shared(one: Axes, other: Axes) -> Axes:
+    """The leading axes that both split a dim over."""
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return one[:count]
+
+
+def _forget(
+    x: jax.Array, dim: int, have: Axes, want: Split, mesh: Mapping[str, int], full: Split
+) -> tuple[jax.Array, Axes]:
+    """Gathers `dim` over the axes that no dim will be split over, before others join or leave it."""
     kept = tuple(a for a in have if any(a in axes for axes in want))
-    return gather(x, dim, have, kept, mesh), kept
+    return gather(x, dim, have, kept, mesh, full[dim]), kept
 
 
 def _toward(have: Axes, want: Axes) -> Axes:
@@ -180,19 +198,22 @@ def _toward(have: Axes, want: Axes) -> Axes:
     return want if set(have) <= set(want) else tuple(have) + tuple(a for a in want if a not in have)
 
 
-def reduce(x: jax.Array, partial: Axes, have: Split, want: Split, mesh: Mapping[str, int]) -> jax.Array:
+def reduce(
+    x: jax.Array, partial: Axes, have: Split, want: Split, mesh: Mapping[str, int],
+    orders: Mapping[int, Axes] = _IN_BLOCKS,
+) -> jax.Array:
     """Ends a partial sum over `partial`: reduce-scatter into the dims that `want` splits over those axes,
-    all-reduce over the rest; then `reshard`."""
+    all-reduce over the rest; then `reshard`, whose `orders` these are."""
     leaving = [a for dim, axes in enumerate(have) for a in axes if a not in want[dim]]
     if leaving:  # what moves to another dim does so first: the sum can wait
         first = tuple(tuple(a for a in w if a in h or a in leaving) for h, w in zip(have, want, strict=True))
         if any(w[: len(f)] != f for f, w in zip(first, want, strict=True)):
             raise ShardingError(f"a sum over {'+'.join(partial)} cannot end in {want} from {have}.")
-        x, have = reshard(x, have, first, mesh), first
+        x, have = reshard(x, have, first, mesh, orders), first
     have = list(have)
     scattered: set[str] = set()
     for dim in range(x.ndim):
-        goal = _toward(have[dim], want[dim])
+        goal = orders.get(dim) or _toward(have[dim], want[dim])
         for axis in [a for a in want[dim] if a not in partial and all(a not in h for h in have)]:
             x = slice_(x, dim, have[dim], axis, goal, mesh)
             have[dim] = tuple(a for a in goal if a in have[dim] or a == axis)
@@ -204,7 +225,7 @@ def reduce(x: jax.Array, partial: Axes, have: Split, want: Split, mesh: Mapping[
     rest = tuple(a for a in partial if a not in scattered)
     if rest:
         x = lax.psum(x, rest)
-    return reshard(x, tuple(have), want, mesh)
+    return reshard(x, tuple(have), want, mesh, orders)
 
 
 def ring_size(axes: Axes, mesh: Mapping[str, int]) -> int:

@@ -13,6 +13,7 @@ Not modelled: the fixed latency of a collective, and q/k norms over all heads.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -238,6 +239,12 @@ def reshard(
         gone, now[dim] = _without(now[dim], kept), tuple(a for a in now[dim] if a in kept)
         out.extend(_one(gather or purpose, "all_gather", gone, mesh, here(), dtype=dtype))
 
+    for dim in have:  # rows stay in blocks: what neither layout continues is gathered first
+        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(have[dim], want[dim], strict=False))
+        shared = tuple(a for a, _ in pairs)
+        if dim != "heads" and shared not in (tuple(have[dim]), tuple(want[dim])):
+            gathered(dim, shared)
+            leaving = {a: d for a, d in leaving.items() if d != dim or a in shared}
     for dim in want:
         added = list(_without(want[dim], now[dim]))
         if added:
@@ -274,7 +281,7 @@ def reduce(
         into = tuple(a for a in want[dim] if a in partial and a not in now[dim])
         here = elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
         out += _one(purpose, "reduce_scatter", into, mesh, here, dtype=dtype)
-        now[dim] += into
+        now[dim] = tuple(a for a in want[dim] if a in now[dim] + into) + _without(now[dim], want[dim])
         scattered += into
     here = elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
     out += _one(purpose, "all_reduce", _without(partial, scattered), mesh, here, dtype=dtype)
