@@ -3,7 +3,7 @@
 Command:  python -m experiments.sharding_study --config=configs/sharding_llama3_70b.py
 Papers:   GQA 2305.13245, MQA 1911.02150, CLA 2405.12981; layouts 2211.05102.
 Hardware: 2 CPU cores, 8 GB; no TPU.
-Minutes:  10, estimated; one of the nine programs takes about a minute.
+Minutes:  7, on busy cores.
 Expect:   MQA's cache an eighth of GQA-8's and a decode step about half; CLA2 halves the cache a chip holds, not what a
           step reads of it (every layer reads its owner's), so its step is as long as GQA-8's.
 """
