@@ -261,10 +261,13 @@ def reduce(x: jax.Array, name: str, have: Names, want: Names) -> jax.Array:
     return manual.reduce(x, partial, split, active.split(want), active.mesh)
 
 
-def once(bias: jax.Array, name: str) -> jax.Array:
-    """A bias to add to an open sum over the axes of `name`: itself on one chip, zero on the others."""
+def once(bias: jax.Array, name: str, batch: str = "act_batch") -> jax.Array:
+    """A bias to add to a sum left open over the axes that split a weight's `name`: itself on one chip of those that are
+    summed, zero on the others. Axes of `batch` are not summed: the weight is gathered over them."""
     active = _manual()
-    over = () if active is None else mesh_axes(active.rules, name)
+    if active is None:
+        return bias
+    over = tuple(a for a in mesh_axes(active.rules, name) if a not in mesh_axes(active.rules, batch))
     return jnp.where(lax.axis_index(over) == 0, bias, jnp.zeros_like(bias)) if over else bias
 
 

@@ -1,18 +1,15 @@
-"""The written-out collectives against the global array: what a chip holds after a move is what its PartitionSpec says."""
+"""The written-out collectives against the global array: after a move a chip holds what its PartitionSpec says."""
 
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kvattn import weights
-from sharding import ShardingError, collective_matmul, manual
-from tests.tolerances import EXACT, F32_OP, close
+from sharding import ShardingError, manual
+from tests.tolerances import EXACT, close
 
 SIZES = {"x": 2, "y": 2, "z": 2}
 MESH = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
@@ -48,8 +45,9 @@ def moves(pairs):
         return tuple(manual.reshard(x, *pair, SIZES) for x, pair in zip(parts, pairs, strict=True))
 
     outs = tuple(spec(want) for _, want in pairs)
-    fn = jax.shard_map(body, mesh=MESH, in_specs=tuple(spec(have) for have, _ in pairs), out_specs=outs, check_vma=False)
-    got = jax.jit(fn)(*(jax.device_put(WHOLE, NamedSharding(MESH, spec(have))) for have, _ in pairs))
+    ins = tuple(spec(have) for have, _ in pairs)
+    fn = jax.shard_map(body, mesh=MESH, in_specs=ins, out_specs=outs, check_vma=False)
+    got = jax.jit(fn)(*(jax.device_put(WHOLE, NamedSharding(MESH, one)) for one in ins))
     return [(pieces(g), pieces(jax.device_put(WHOLE, NamedSharding(MESH, s)))) for g, s in zip(got, outs, strict=True)]
 
 

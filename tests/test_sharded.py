@@ -14,11 +14,9 @@ from jax.sharding import AxisType
 
 from kvattn import cache, model, sharded
 from kvattn.config import CacheConfig, MaskConfig
-from kvattn.errors import UserError
-from sharding import ShardingError, layouts
 from tests import shapes, tiny
 from tests.test_model import lively
-from tests.tolerances import EXACT, F32_SHARDED, close
+from tests.tolerances import F32_SHARDED, close
 
 TOKENS, STEPS, SLOTS = 6, 2, 16  # of the longest prompt; decoded after it; of a full cache
 # Every dim that a layout may split is divisible by 8: W 64, D 48, N 8, F 40, S 16; a ring has 6 + 2 slots.
@@ -72,7 +70,8 @@ def case(name, batch):
     for b, n in enumerate(lengths):
         at = slice(TOKENS - n, None) if b % 2 == 0 else slice(0, n)
         prompt[b, at], positions[b, at] = rows[b, :n], np.arange(n)
-    logits = np.asarray(jax.jit(model.forward, static_argnums=1)(params, cfg, model.Inputs(jnp.asarray(rows)))[0].logits)
+    inputs = model.Inputs(jnp.asarray(rows))
+    logits = np.asarray(jax.jit(model.forward, static_argnums=1)(params, cfg, inputs)[0].logits)
     every = np.arange(batch)
     want = np.stack([logits[every, lengths - 1 + i] for i in range(1 + STEPS)])
     steps = [(rows[every, lengths + i][:, None], (lengths + i).astype(np.int32)[:, None]) for i in range(STEPS)]

@@ -18,7 +18,6 @@ from kvattn.masks import Tokens
 from kvattn.recompute import recompute
 from sharding import merge_softmax, whole
 
-
 SCORE_BYTES = 1 << 30  # scores that one chip holds at once; more are made block by block
 UNROLLED_BLOCKS = 32
 
