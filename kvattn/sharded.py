@@ -49,14 +49,16 @@ class Program:
         """`jax.jit(fn).lower(...)`, compiled to update the caches in place.
 
         Where results live is said, so that each cache is paired with its own result: left open, XLA pairs donated
-        buffers with any result of their size, and copies. `free_layouts` lets the compiler choose how each block's
-        weights are tiled in memory (a checkpoint is loaded once, and decode would re-tile it in every step).
+        buffers with any result of their size, and copies. `free_layouts` lets the compiler choose how each matmul
+        weight is tiled in memory (a checkpoint is loaded once, and decode would re-tile it in every step); not the
+        embedding table, which is looked up and, tied, multiplied: the search takes longer than all the rest.
         """
         shardings = jax.tree.map(lambda a: a.sharding, self.args)
         args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.args)
         if free_layouts:
-            blocks = jax.tree.map(lambda s: Format(Layout.AUTO, s), shardings[0]["layers"])
-            shardings = ({**shardings[0], "layers": blocks}, *shardings[1:])
+            free = {name: jax.tree.map(lambda s: Format(Layout.AUTO, s), shardings[0][name])
+                    for name in ("layers", "unembed") if name in shardings[0]}
+            shardings = ({**shardings[0], **free}, *shardings[1:])
         jitted = jax.jit(self.fn, in_shardings=shardings, out_shardings=self.out_shardings,
                          donate_argnums=self.donate_argnums)
         return jitted.lower(*args)
