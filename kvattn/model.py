@@ -5,6 +5,7 @@
     outputs, caches = forward(params, cfg, Inputs(tokens), caches=caches)
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
 
 def init(rng: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Random parameters of the unscanned layout, stacked afterwards when cfg.scan_layers: loop and scan agree."""
-    params = spec.init(rng, param_specs(_unscanned(cfg)), dtype)
+    params = spec.init(rng, param_specs(unscanned(cfg)), dtype)
     return stack_layers(params, cfg) if cfg.scan_layers else params
 
 
@@ -287,9 +288,8 @@ _CACHED_OUT = ("attn_batch", "act_length", "attn_out_heads", "act_head_dim")
 # --- scan over layers ----------------------------------------------------------------------------------
 
 
-def _unscanned(cfg: ModelConfig) -> ModelConfig:
-    import dataclasses
-
+def unscanned(cfg: ModelConfig) -> ModelConfig:
+    """cfg with its layers in a loop."""
     return dataclasses.replace(cfg, scan_layers=False)
 
 

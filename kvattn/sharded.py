@@ -2,7 +2,7 @@
 
     layout = layouts.parse("ws_2d/by_batch:xyz")
     program = build(cfg, cache, layout, mesh, phase="decode", batch=64, context=2048, weights="int8")
-    compiled = jax.jit(program.fn, donate_argnums=program.donate_argnums).lower(*program.args).compile()
+    compiled = program.lower().compile()
 
 The program is the model's own forward pass. With overlap "none", "one_way" or "two_way" it is the body of a
 `jax.shard_map` whose collectives are written out (sharding/manual.py, collective_matmul.py); with "compiler" the
@@ -25,7 +25,7 @@ from kvattn import model, spec
 from kvattn import weights as weights_lib
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.errors import UserError
-from sharding import layouts, use_manual, use_rules
+from sharding import layouts, reshard, use_manual, use_rules
 from sharding.apply import multiply, partition_spec
 from sharding.rules import Rules
 
@@ -83,7 +83,7 @@ def rules_for(
 
 def param_axes(cfg: ModelConfig, kind: str) -> Any:
     """Logical axes of every parameter; kind: float32, bfloat16 or int8."""
-    table = weights_lib.quantized_specs(cfg) if kind == "int8" else model.param_specs(weights_lib._loop(cfg))
+    table = weights_lib.quantized_specs(cfg) if kind == "int8" else model.param_specs(model.unscanned(cfg))
     return spec.map_specs(lambda s: _Axes(s.axes), table)
 
 
@@ -173,8 +173,6 @@ def _pass(cfg: ModelConfig, fresh: bool, params: Any, tokens: jax.Array, positio
     inputs = model.Inputs(tokens, positions, fresh=fresh)
     x, caches, _ = model.hidden(params, cfg, inputs, caches=caches)
     if tokens.shape[1] > 1:
-        from sharding import reshard
-
         last = reshard(jnp.argmax(positions, axis=1), (None,), ("res_batch",))
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)
     return model.unembed(params, cfg, x)[:, 0], caches

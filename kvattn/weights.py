@@ -65,7 +65,7 @@ def quantized_specs(cfg: ModelConfig) -> Any:
         out = slice(inner, None) if inner > 0 else slice(0, 1)
         return Int8(s, ParamSpec(s.shape[out], s.axes[out], "ones"))
 
-    return spec.map_specs(one, model.param_specs(_loop(cfg)))
+    return spec.map_specs(one, model.param_specs(model.unscanned(cfg)))
 
 
 def quantize(params: Any, cfg: ModelConfig) -> Any:
@@ -95,7 +95,7 @@ def abstract(cfg: ModelConfig, weights: str) -> Any:
     if weights not in WEIGHTS:
         raise UserError(f"weights is {weights!r}; choose one of {', '.join(WEIGHTS)}.")
     if weights != "int8":
-        return spec.abstract(model.param_specs(_loop(cfg)), jnp.dtype(weights))
+        return spec.abstract(model.param_specs(model.unscanned(cfg)), jnp.dtype(weights))
 
     of = jax.ShapeDtypeStruct
 
@@ -105,9 +105,3 @@ def abstract(cfg: ModelConfig, weights: str) -> Any:
         return of(s.shape, jnp.bfloat16)
 
     return jax.tree.map(one, quantized_specs(cfg), is_leaf=lambda s: isinstance(s, Int8 | ParamSpec))
-
-
-def _loop(cfg: ModelConfig) -> ModelConfig:
-    import dataclasses
-
-    return dataclasses.replace(cfg, scan_layers=False)
