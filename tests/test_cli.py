@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import ml_collections
@@ -255,3 +256,15 @@ def test_parsing_leaves_the_global_flags_as_they_were(folder):
     assert parse(folder, "--config.seed=1").seed == 1
     assert set(flags.FLAGS) - before <= {"print_config"}
     assert parse(folder).seed == 0
+
+
+@pytest.mark.parametrize("platforms,chips,chosen", [(None, False, "cpu"), (None, True, None), ("tpu", False, None)])
+def test_tpus_are_not_looked_for_where_only_their_compiler_is(monkeypatch, platforms, chips, chosen):
+    """libtpu without a TPU: JAX is told so; a device file, or the user's own JAX_PLATFORMS, decides otherwise."""
+    told = {}
+    config = types.SimpleNamespace(jax_platforms=platforms, update=told.__setitem__)
+    monkeypatch.setattr(cli, "jax", types.SimpleNamespace(config=config))
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: ["/dev/accel0"] if chips and "accel" in pattern else [])
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
+    cli._leave_out_absent_tpu()
+    assert told.get("jax_platforms") == chosen
