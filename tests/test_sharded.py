@@ -14,6 +14,8 @@ from jax.sharding import AxisType
 
 from kvattn import cache, model, sharded
 from kvattn.config import CacheConfig, MaskConfig
+from kvattn.errors import UserError
+from sharding import layouts
 from tests import shapes, tiny
 from tests.test_model import lively
 from tests.tolerances import F32_SHARDED, close
@@ -43,6 +45,7 @@ MODELS = {
     "gemma": config(norm_placement="both", norm_offset=1.0, attn_soft_cap=9.0, embed_scale=48**0.5),
     "tied_kv": config(tied_kv=True, v_head_dim=10),
     "ladder": config(**ONE_HEAD, residual="ladder"),
+    "cla4": config(n_layers=4, n_k_heads=2, n_v_heads=2, kv_source=(0, 0, 2, 2)),
 }
 
 
@@ -97,10 +100,11 @@ def store(name):
     return RING if name == "ring" else CacheConfig()
 
 
-def program(name, phase, layout, overlap, batch, shape=(2, 2, 2)):
+def program(name, phase, layout, overlap, batch, shape=(2, 2, 2), scan=False):
     """(call, its abstract arguments): a compiled program that places its own arguments."""
     p = sharded.build(MODELS[name], store(name), layout, mesh_of(shape), phase=phase, batch=batch, context=SLOTS,
-                      tokens=TOKENS if phase == "prefill" else 0, weights="float32", overlap=overlap)  # fmt: skip
+                      tokens=TOKENS if phase == "prefill" else 0, weights="float32", overlap=overlap,
+                      scan=scan)  # fmt: skip
     compiled = jax.jit(p.fn).lower(*p.args).compile()
 
     def call(*args):
@@ -112,15 +116,6 @@ def program(name, phase, layout, overlap, batch, shape=(2, 2, 2)):
 def same_caches(got, want):
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         close(one, other, F32_SHARDED, "cache")
-
-
-def check_prefill(name, layout, overlap="none", batch=8, shape=(2, 2, 2)):
-    params, prompt, _, want = case(name, batch)
-    call, args = program(name, "prefill", layout, overlap, batch, shape)
-    empty = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), args[3])
-    logits, caches = call(params, *prompt, empty)
-    close(logits, want[0], F32_SHARDED, f"prefill of {name} in {layout}")
-    same_caches(caches, filled(name, batch)[0])
 
 
 def check_decode(name, layout, overlap="none", batch=8, shape=(2, 2, 2)):
@@ -161,3 +156,84 @@ DECODE = [
 @pytest.mark.parametrize("name, layout, overlap", DECODE)
 def test_decode(name, layout, overlap):
     check_decode(name, layout, overlap)
+
+
+# --- prefill in one layout, decode in another ----------------------------------------------------------------
+
+
+def check_replicas(tree):
+    """Chips that hold the same part of an array hold the same numbers: none is told apart by the PartitionSpec."""
+    for leaf in jax.tree.leaves(tree):
+        first = {}
+        for shard in leaf.addressable_shards:
+            close(shard.data, first.setdefault(str(shard.index), shard.data), F32_SHARDED, "a replica")
+
+
+def check_handover(name, prefill, decode, overlaps, batch=8, shape=(2, 2, 2), scan=False):
+    """The prompt in one layout and each later token in the other, over the cache that the first has left."""
+    cfg = MODELS[name]
+    params, prompt, steps, want = case(name, batch)
+    first, before = program(name, "prefill", prefill, overlaps[0], batch, shape, scan)
+    then, after = program(name, "decode", decode, overlaps[1], batch, shape)
+    empty = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), before[3])
+    logits, caches = first(model.stack_layers(params, cfg) if scan else params, *prompt, empty)
+    close(logits, want[0], F32_SHARDED, f"prefill of {name} in {prefill}")
+    check_replicas((logits, caches))
+    if scan:
+        caches = model.unstack_caches(caches, cfg)
+    elif layouts.parse(prefill).kv == layouts.parse(decode).kv:
+        for got, wanted in zip(jax.tree.leaves(caches), jax.tree.leaves(after[3]), strict=True):
+            assert got.sharding.is_equivalent_to(wanted.sharding, got.ndim)
+    same_caches(caches, filled(name, batch)[0])
+    for i, (tokens, positions) in enumerate(steps):
+        logits, caches = then(params, tokens, positions, caches)
+        close(logits, want[1 + i], F32_SHARDED, f"step {i} of {name} in {decode} after {prefill}")
+    check_replicas((logits, caches))
+    if not scan and "ws_1d" not in prefill + decode:  # one copy of the weights serves both
+        for one, other in zip(jax.tree.leaves(before[0]), jax.tree.leaves(after[0]), strict=True):
+            assert one.sharding == other.sharding
+
+
+HANDOVER = [
+    ("palm", "wg_xyz/by_batch:xyz", "ws_2d/by_batch:xyz", ("one_way", "one_way")),
+    ("mqa", "ws_2d/replicated", "wg_x/replicated", ("one_way", "none")),
+    ("gqa", "wg_x/by_head:z+by_batch:xy", "ws_2d/by_head:z+by_batch:xy", ("none", "two_way")),
+    ("mha", "wg_xy/by_head:xyz", "ws_2d/by_batch:xyz", ("compiler", "none")),
+    ("cla2", "wg_xyz/by_batch:z+by_seq:y", "ws_2d/by_batch:z+by_seq:y", ("one_way", "compiler")),
+    ("ring", "wg_xy/by_batch:xyz", "ws_2d/by_batch:xyz", ("none", "none")),
+    ("qk_head", "ws_1d/by_head:yz+by_seq:x", "ws_1d/by_batch:xyz", ("two_way", "none")),
+]
+
+
+@pytest.mark.parametrize("name, prefill, decode, overlaps", HANDOVER)
+def test_prefill_in_one_layout_and_decode_in_another(name, prefill, decode, overlaps):
+    check_handover(name, prefill, decode, overlaps)
+
+
+@pytest.mark.parametrize("prefill, overlap", [("ws_2d/by_seq:xyz", "one_way"), ("ws_1d/by_seq:xyz", "none")])
+def test_prefill_and_decode_of_one_sequence(prefill, overlap):
+    """A batch of one: the context is split over all chips, and softmax merged across them."""
+    check_handover("mqa", prefill, "ws_2d/by_seq:xyz", (overlap, "none"), batch=1)
+
+
+@pytest.mark.parametrize("name, prefill, decode, overlap", [
+    ("gqa", "wg_xyz/by_batch:xyz", "ws_2d/by_batch:xyz", "two_way"),
+    ("cla4", "ws_2d/by_head:z+by_batch:xy", "wg_xy/by_head:z+by_batch:xy", "none"),
+])  # fmt: skip
+def test_prefill_as_a_scan_over_layers(name, prefill, decode, overlap):
+    """Stacked weights and caches; unstacked, the caches are what decode reads."""
+    check_handover(name, prefill, decode, (overlap, "none"), scan=True)
+
+
+@pytest.mark.parametrize("shape, name, prefill, decode", [
+    ((1, 4, 2), "gqa", "wg_xy/by_head:z+by_batch:y", "ws_2d/by_head:z+by_batch:y"),
+    ((4, 2, 1), "palm", "wg_x/by_batch:xyz", "ws_2d/by_batch:xyz"),
+    ((4, 2, 1), "mqa", "ws_2d/by_seq:x", "ws_1d/by_seq:x"),
+])  # fmt: skip
+def test_meshes_of_other_shapes(shape, name, prefill, decode):
+    check_handover(name, prefill, decode, ("one_way", "two_way"), shape=shape)
+
+
+def test_only_prefills_are_scans():
+    with pytest.raises(UserError, match="scan is True for phase 'decode'"):
+        program("gqa", "decode", "ws_2d/replicated", "none", 8, scan=True)
