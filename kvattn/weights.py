@@ -105,3 +105,43 @@ def abstract(cfg: ModelConfig, weights: str) -> Any:
         return of(s.shape, jnp.bfloat16)
 
     return jax.tree.map(one, quantized_specs(cfg), is_leaf=lambda s: isinstance(s, Int8 | ParamSpec))
+
+
+def fold_norms(params: Any, cfg: ModelConfig) -> Any:
+    """Multiplies each block's RMSNorm scales into the rows of the matrices that read them, and sets them to one: the
+    same logits with nothing left to multiply (Pope et al., arXiv 2211.05102, section 3.5). A tied final norm stays.
+
+    Raises UserError: layernorm (its bias is no row scale), norms after the sub-module, stacked layers, int8 weights.
+    """
+    for name, value, wanted in (
+        ("norm", cfg.norm, "rmsnorm"), ("norm_placement", cfg.norm_placement, "pre"),
+        ("scan_layers", cfg.scan_layers, False),
+    ):  # fmt: skip
+        if value != wanted:
+            raise UserError(f"model.{name} is {value!r}; norms fold into the weights where it is {wanted!r}.")
+    if any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8))):
+        raise UserError("the weights are int8; fold the norms first, then quantize.")
+
+    def rows(w, norm):
+        scale = norm["scale"] + jnp.asarray(cfg.norm_offset, norm["scale"].dtype)
+        return w * scale.reshape((-1,) + (1,) * (w.ndim - 1)).astype(w.dtype)
+
+    def one(norm):
+        return {"scale": jnp.full_like(norm["scale"], 1 - cfg.norm_offset)}
+
+    def block(b):
+        attn, mlp = dict(b["attn"]), dict(b["mlp"])
+        mlp_norm = b.get("mlp_norm", b["attn_norm"])
+        for name in ("q", "k", "v"):
+            if name in attn:
+                attn[name] = rows(attn[name], b["attn_norm"] if name == "q" else b.get("kv_norm", b["attn_norm"]))
+        for name in ("up", "gate"):
+            if name in mlp:
+                mlp[name] = rows(mlp[name], mlp_norm)
+        return {**b, "attn": attn, "mlp": mlp, **{n: one(b[n]) for n in ("attn_norm", "mlp_norm", "kv_norm") if n in b}}
+
+    out = {**params, "layers": tuple(block(b) for b in params["layers"])}
+    if not cfg.tied_embeddings:
+        out["unembed"] = {"table": rows(params["unembed"]["table"], params["final_norm"])}
+        out["final_norm"] = one(params["final_norm"])
+    return out
