@@ -105,7 +105,9 @@ def test_what_int8_can_say_comes_back_exactly(rng):
     params = jax.tree_util.tree_map_with_path(
         lambda p, w: representable(jax.tree_util.keystr(p, simple=True, separator="."), w), lively(cfg)
     )
-    back = dequantized(weights.quantize(params, cfg))
+    small = weights.quantize(params, cfg)
+    assert all((w.scale > 0).all() for w in jax.tree.leaves(small, is_leaf=is_int8) if is_int8(w))
+    back = dequantized(small)
     for (path, want), got in zip(by_name(params).items(), jax.tree.leaves(back), strict=True):
         close(got, want, EXACT, path)
 
@@ -158,6 +160,7 @@ def test_embedding_rows_and_tied_logits_share_one_scaled_table():
     """Row w's scale multiplies the looked-up row, and the logit of word w."""
     cfg = tiny.config()
     params = weights.quantize(lively(cfg), cfg)
+    assert params["embed"]["table"].scale.shape == (cfg.vocab_size,)
     table = np.asarray(dequantized(params)["embed"]["table"])
     tokens = jnp.asarray(tokens_of(cfg))
     rows = take_rows(params["embed"]["table"], tokens, (None, None, None))
