@@ -12,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from kvattn import legality
 from kvattn.config import CacheConfig, ModelConfig
@@ -143,7 +144,8 @@ def _write_loop(held: dict[str, jax.Array], new: dict[str, jax.Array], slots: ja
         for n, leaf in held.items():
             row = jax.lax.dynamic_slice_in_dim(new[n], b, 1, 0)
             old = jax.lax.dynamic_slice(leaf, at, row.shape)
-            out[n] = jax.lax.dynamic_update_slice(leaf, jnp.where(slots[b, 0] < size, row, old), at)
+            new_leaf = jax.lax.dynamic_update_slice(leaf, jnp.where(slots[b, 0] < size, row, old), at)
+            out[n] = with_layout_constraint(new_leaf, Layout((0, 1, 2, 3)))
         return out
 
     if slots.shape[0] > ROW_WRITES:
