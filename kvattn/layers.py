@@ -212,5 +212,7 @@ def embed(params: dict[str, Any], cfg: ModelConfig, tokens: jax.Array) -> jax.Ar
 def unembed(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
     """x[B,T,D] -> logits[B,T,W] float32, soft-capped by cfg.logit_soft_cap."""
     x = reshard(x, RESIDUAL, LOGITS_IN)
-    w = params["embed"]["table"].T if cfg.tied_embeddings else params["unembed"]["table"]
-    return soft_cap(matmul(x, w, ("embed", "vocab"), LOGITS_IN, LOGITS, jnp.float32), cfg.logit_soft_cap)
+    tied = cfg.tied_embeddings
+    w = params["embed" if tied else "unembed"]["table"]
+    logits = matmul(x, w, ("embed", "vocab"), LOGITS_IN, LOGITS, jnp.float32, transposed=tied)
+    return soft_cap(logits, cfg.logit_soft_cap)

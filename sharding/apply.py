@@ -219,9 +219,16 @@ def _scaled(y: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def matmul(
-    x: jax.Array, w: Any, w_axes: Names, have: Names, want: Names | None, out_dtype: Any = None
+    x: jax.Array,
+    w: Any,
+    w_axes: Names,
+    have: Names,
+    want: Names | None,
+    out_dtype: Any = None,
+    transposed: bool = False,
 ) -> jax.Array:
-    """x[B,T,*in] (axes `have`) times w[*in,*out] (axes `w_axes`) -> [B,T,*out] with axes `want`.
+    """x[B,T,*in] (axes `have`) times w[*in,*out] (axes `w_axes`) -> [B,T,*out] with axes `want`. `transposed`: w is
+    given as [out,in], an embedding table; XLA:CPU would turn it round in every step.
 
     `want=None` leaves the sum over the mesh axes that split w's first dim open, for `reduce` to end later: two
     such results may be added before. w: an array or an int8 weight. Only the first of the in and out dims
@@ -230,8 +237,17 @@ def matmul(
     active = _manual()
     inner = len(have) - 2
     if active is None:
-        y = multiply(x, w, inner, _ACTIVE.get() is None, out_dtype)
+        if transposed:
+            dims = (((x.ndim - 1,), (1,)), ((), ()))
+            values, scale = getattr(w, "values", w), getattr(w, "scale", None)
+            values = values.astype(x.dtype) if values.dtype == jnp.int8 else values
+            y = lax.dot_general(x, values, dims, preferred_element_type=out_dtype)
+            y = y if scale is None else _scaled(y, scale)
+        else:
+            one_device = _ACTIVE.get() is None or _ACTIVE.get().mesh.size == 1
+            y = multiply(x, w, inner, one_device, out_dtype)
         return y if want is None else constrain(y, *want)
+    w = w.T if transposed else w
     have_split, w_split = active.split(have), active.split(w_axes)
     want_split = None if want is None else active.split(want)
     values, scale = getattr(w, "values", w), getattr(w, "scale", None)
