@@ -31,7 +31,7 @@ from kvattn import launch, plan, plan_report, sharded_jobs, sharding_study_repor
 from kvattn import model as model_lib
 from kvattn.config import Experiment, ModelConfig, VariantConfig
 from kvattn.errors import UserError
-from kvattn.study import flatten, machine
+from kvattn.study import flatten, machine, refuse_changes
 from sharding import ShardingError, cost, layouts, topology
 from sharding.aot import CompiledReport, Compiler
 from sharding.hardware import CHIPS, of_device
@@ -262,13 +262,7 @@ class Journal:
             if r["kind"] == "model":
                 new = {k: v for k, v in models.items() if k.startswith(r["variant"] + ".")}
                 pairs += [("row ", r["config"], new)] if new else []
-        for where, old, new in pairs:
-            for key in sorted(old.keys() | new.keys()):
-                if old.get(key) != new.get(key):
-                    raise UserError(
-                        f"{self.path} was made with {where}{key}={old.get(key)!r} and this run has {new.get(key)!r}; "
-                        "set it back, or start in another config.workdir."
-                    )
+        refuse_changes(self.path, pairs)
 
 
 # --- the answers ---------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pathlib
 import platform
 import shutil
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -163,13 +164,19 @@ class Journal:
             for r in self.records[1:]
             if r.get("row") in rows
         ]
-        for where, old, new in pairs:
-            for key in sorted(old.keys() | new.keys()):
-                if old.get(key) != new.get(key):
-                    raise UserError(
-                        f"{self.path} was made with {where}{key}={old.get(key)!r} and this run has {new.get(key)!r}; "
-                        "set it back, or start in another config.workdir."
-                    )
+        refuse_changes(self.path, pairs)
+
+
+def refuse_changes(path: Any, pairs: Iterable[tuple[str, dict[str, Any], dict[str, Any]]]) -> None:
+    """Raises UserError for the first key in which a journal's settings differ from this run's; pairs of
+    (where the key stands, the journal's, this run's)."""
+    for where, old, new in pairs:
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                raise UserError(
+                    f"{path} was made with {where}{key}={old.get(key)!r} and this run has {new.get(key)!r}; "
+                    "set it back, or start in another config.workdir."
+                )
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

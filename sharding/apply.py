@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding import collective_matmul, manual
+from sharding import collective_matmul, layouts, manual
 from sharding.rules import Rules, ShardingError, mesh_axes
 
 _LOOKUP = 1 << 27  # elements of looked-up rows a chip may hold at once
@@ -66,7 +66,7 @@ def partition_spec(axes: Names, rules: Rules, shape: tuple[int, ...], mesh: Mesh
             if mesh_axis in used:
                 raise ShardingError(f"axes {axes} put two dims on mesh axis {mesh_axis!r}; change one row.")
             used.add(mesh_axis)
-        parts = math.prod(mesh.shape[a] for a in target)
+        parts = layouts.parts(target, mesh.shape)
         if size % parts:
             raise ShardingError(f"{name} is {size}, not divisible by {parts}, the size of mesh axes {target}; "
                                 "change the mesh, or take a rule table that replicates it.")
@@ -158,7 +158,7 @@ def offset(name: str, local: int) -> Any:
 def whole(name: str, local: int) -> int:
     """Size of the dim `name` of which a chip holds `local`."""
     active = _manual()
-    return local if active is None else local * manual.ring_size(mesh_axes(active.rules, name), active.mesh)
+    return local if active is None else local * layouts.parts(mesh_axes(active.rules, name), active.mesh)
 
 
 def merge_softmax(out: jax.Array, top: jax.Array, total: jax.Array, name: str, have: Names, want: Names) -> jax.Array:
@@ -186,7 +186,7 @@ def own_group(kv: jax.Array, q_heads: int, name: str) -> jax.Array:
     heads = kv.shape[1]
     if not over or heads == 1:
         return kv
-    total = q_heads * manual.ring_size(over, active.mesh)
+    total = q_heads * layouts.parts(over, active.mesh)
     group = total // heads  # query heads that read one K head
     if q_heads % group and group % q_heads:
         raise ShardingError(f"{q_heads} query heads a chip straddle groups of {group} that read one K/V head; split "
@@ -198,19 +198,23 @@ def own_group(kv: jax.Array, q_heads: int, name: str) -> jax.Array:
 # --- matmuls -----------------------------------------------------------------------------------------------
 
 
-def multiply(x: jax.Array, w: Any, inner: int = 1, flat: bool = False, out_dtype: Any = None) -> jax.Array:
+def multiply(
+    x: jax.Array, w: Any, inner: int = 1, flat: bool = False, out_dtype: Any = None, transposed: bool = False
+) -> jax.Array:
     """x[..., *in] @ w[*in, *out] for an array or an int8 weight, whose scale multiplies the product. `flat`: as one
-    [rows, in] x [in, out] matmul, which XLA:CPU runs faster; TPUs would copy a weight to flatten it."""
+    [rows, in] x [in, out] matmul, which XLA:CPU runs faster; TPUs would copy a weight to flatten it. `transposed`: w
+    is [out, in]."""
     scale = getattr(w, "scale", None)
-    values, out = getattr(w, "values", w), w.shape[inner:]
+    values = getattr(w, "values", w)
     values = values.astype(x.dtype) if values.dtype == jnp.int8 else values
-    lead, size = x.shape[: x.ndim - inner], math.prod(w.shape[:inner])
-    if flat:
+    if flat and not transposed:
+        lead, out, size = x.shape[: x.ndim - inner], w.shape[inner:], math.prod(w.shape[:inner])
         y = jnp.matmul(x.reshape(-1, size), values.reshape(size, -1), preferred_element_type=out_dtype)
         y = y.reshape(lead + out)
     else:
-        dims = (tuple(range(x.ndim - inner, x.ndim)), tuple(range(inner)))
-        y = lax.dot_general(x, values, (dims, ((), ())), preferred_element_type=out_dtype)
+        over = (1,) if transposed else tuple(range(inner))
+        dims = ((tuple(range(x.ndim - inner, x.ndim)), over), ((), ()))
+        y = lax.dot_general(x, values, dims, preferred_element_type=out_dtype)
     return y if scale is None else _scaled(y, scale)
 
 
@@ -237,15 +241,8 @@ def matmul(
     active = _manual()
     inner = len(have) - 2
     if active is None:
-        if transposed:
-            dims = (((x.ndim - 1,), (1,)), ((), ()))
-            values, scale = getattr(w, "values", w), getattr(w, "scale", None)
-            values = values.astype(x.dtype) if values.dtype == jnp.int8 else values
-            y = lax.dot_general(x, values, dims, preferred_element_type=out_dtype)
-            y = y if scale is None else _scaled(y, scale)
-        else:
-            one_device = _ACTIVE.get() is None or _ACTIVE.get().mesh.size == 1
-            y = multiply(x, w, inner, one_device, out_dtype)
+        one_device = _ACTIVE.get() is None or _ACTIVE.get().mesh.size == 1
+        y = multiply(x, w, inner, one_device, out_dtype, transposed)
         return y if want is None else constrain(y, *want)
     w = w.T if transposed else w
     have_split, w_split = active.split(have), active.split(w_axes)

@@ -7,6 +7,7 @@ mesh axes that split it, major first. `reshard` moves between two layouts, `redu
     BLE_x @ E_x F_yz = BLF_yz (partialsum-x) --reduce-scatter(x)--> BLF_xyz
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
@@ -34,17 +35,12 @@ def _full(have: Axes, want: Axes) -> Axes:
 def _open(x: jax.Array, dim: int, full: Axes, have: Axes, mesh: Mapping[str, int]) -> jax.Array:
     """Splits `dim` into one dim for each axis of `full` that is not in `have`, and the rest."""
     sizes = [mesh[a] for a in full if a not in have]
-    count = 1
-    for size in sizes:
-        count *= size
-    return x.reshape(*x.shape[:dim], *sizes, x.shape[dim] // count, *x.shape[dim + 1 :])
+    return x.reshape(*x.shape[:dim], *sizes, x.shape[dim] // math.prod(sizes), *x.shape[dim + 1 :])
 
 
 def _close(x: jax.Array, dim: int, opened: int) -> jax.Array:
     """Joins `opened` dims and the rest after them into one again."""
-    size = 1
-    for n in x.shape[dim : dim + opened + 1]:
-        size *= n
+    size = math.prod(x.shape[dim : dim + opened + 1])
     return x.reshape(*x.shape[:dim], size, *x.shape[dim + opened + 1 :])
 
 
@@ -226,11 +222,3 @@ def reduce(
     if rest:
         x = lax.psum(x, rest)
     return reshard(x, tuple(have), want, mesh, orders)
-
-
-def ring_size(axes: Axes, mesh: Mapping[str, int]) -> int:
-    """Chips along `axes`."""
-    size = 1
-    for axis in axes:
-        size *= mesh[axis]
-    return size
