@@ -32,6 +32,9 @@ ACCOUNT_FLOPS = Tolerance(0.0, 2e-2, "the ledger counts matmuls; XLA's count add
 CLOSED_FORM = Tolerance(0.0, 1e-12, "the same float64 formula, its terms added in another order")
 AOT_LOOP = Tolerance(0.0, 3e-2, "estimated cycles: a scan's entry and exit copies, other prefetching when unrolled")
 AOT_CLOCK = Tolerance(0.0, 3e-2, "a matmul of another shape than the one the clock was calibrated on")
+KERNEL_BF16 = Tolerance(1e-2, 1e-2, "probabilities rounded to bfloat16 before the second matmul; float32 sums")
+KERNEL_F16 = Tolerance(2e-3, 2e-3, "probabilities rounded to float16 before the second matmul; float32 sums")
+KERNEL_STATS = Tolerance(1e-3, 5e-3, "max and sum of the softmax, float32, of bfloat16 products; exp2 for exp")
 
 
 def close(got, want, tolerance: Tolerance, what: str = "") -> None:
