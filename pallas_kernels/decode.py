@@ -13,7 +13,7 @@ from pallas_kernels.contract import KV, KernelError, Options, Partial, Problem, 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """`platform` it compiles for; `supports(problem)` -> None or why not; `run(q, kv, positions, problem, interpret)`."""
+    """`platform` it compiles for; supports(problem) -> None or why not; run(q, kv, positions, problem, interpret)."""
 
     platform: str
     supports: Callable[[Problem], str | None]

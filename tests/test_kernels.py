@@ -19,7 +19,8 @@ from tests.tolerances import EXACT, KERNEL_BF16, KERNEL_F16, KERNEL_STATS, close
 
 MODES = {
     "mosaic_tpu": {
-        mode: pltpu.InterpretParams(dma_execution_mode=mode, uninitialized_memory="nan") for mode in ("on_wait", "eager")
+        mode: pltpu.InterpretParams(dma_execution_mode=mode, uninitialized_memory="nan")
+        for mode in ("on_wait", "eager")
     },
     "mosaic_gpu": {"interpreted": True},
 }
