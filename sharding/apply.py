@@ -15,7 +15,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -340,3 +340,30 @@ def _rows(table: Any, tokens: jax.Array) -> jax.Array:
         return jnp.take(table, tokens, axis=0)
     rows = jnp.take(table.values, tokens, axis=0).astype(scale.dtype)
     return rows * jnp.take(scale, tokens, axis=0)[..., None]
+
+
+# --- kernels -----------------------------------------------------------------------------------------------
+
+
+def per_chip(f: Callable, have: tuple[Names, ...], want: Any) -> Callable:
+    """f on each chip's part, for kernels that a compiler cannot partition. `have`: logical axes of each argument,
+    `want`: of the result (a tree of them). Without a context, and in manual code, f itself."""
+    active = _ACTIVE.get()
+    if active is None or active.overlap is not None:
+        return f
+
+    def call(*args):
+        rules, mesh = active.rules, active.mesh
+        into = tuple(partition_spec(names, rules, a.shape, mesh) for names, a in zip(have, args, strict=True))
+        out = jax.tree.map(lambda names: PartitionSpec(*_targets(names, rules)), want, is_leaf=_is_names)
+        return jax.shard_map(f, mesh=mesh, in_specs=into, out_specs=out, check_vma=False)(*args)
+
+    return call
+
+
+def _is_names(x: Any) -> bool:
+    return isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
+
+
+def _targets(names: Names, rules: Rules) -> list[Any]:
+    return [(() if n is None else mesh_axes(rules, n)) or None for n in names]
