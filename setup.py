@@ -35,12 +35,13 @@ EXTRAS = {
         "tqdm>=4.66",
         "pyyaml>=6.0",
         "libtpu>=0.0.42,<0.1",
+        "jax-cuda13-plugin>=0.11,<0.13; python_version >= '3.12'",  # the GPU compiler, without NVIDIA's libraries
         "ruff>=0.14,<0.18",
     ],
     "notebooks": ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=7.0", "tqdm>=4.66"],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "aot": ["libtpu>=0.0.42,<0.1"],  # the TPU compiler on a machine without a TPU
-    "gpu": ["jax[cuda12]>=0.10.2,<0.13"],
+    "gpu": ["jax[cuda13]>=0.11,<0.13; python_version >= '3.12'", "jax[cuda12]>=0.10.2,<0.11; python_version < '3.12'"],
     "hf": ["torch>=2.13", "transformers>=5.20,<6", "accelerate>=1.10"],
 }
 

@@ -90,7 +90,7 @@ def run(
     """
     argv = list(sys.argv if argv is None else argv)
     shortcuts = dict(shortcuts or {})
-    _leave_out_absent_tpu()
+    _leave_out_absent()
     # A failed save raises once and is reported once; asyncio would tell of its other tasks at exit.
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     try:
@@ -121,15 +121,17 @@ def run(
         sys.exit(2)
 
 
-def _leave_out_absent_tpu() -> None:
-    """Where libtpu is installed for its compiler alone, keeps JAX from looking for TPUs that no device file announces:
-    it would find none, and say so in six lines. JAX_PLATFORMS, when set, decides."""
-    if jax.config.jax_platforms or importlib.util.find_spec("libtpu") is None:
+def _leave_out_absent() -> None:
+    """Where libtpu or a CUDA plugin is installed for its compiler alone, keeps JAX from looking for devices that no
+    device file announces: it would find none, and say so in many lines. JAX_PLATFORMS, when set, decides."""
+    if jax.config.jax_platforms:
         return
-    if any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*")):
-        return
-    cuda = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-    jax.config.update("jax_platforms", "cuda,cpu" if cuda else "cpu")
+    files = {"tpu": ("/dev/accel*", "/dev/vfio/[0-9]*"), "cuda": ("/dev/nvidia[0-9]*", "/dev/dxg")}
+    plugins = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_cuda13_plugin")}
+    here = {name for name in plugins if any(map(importlib.util.find_spec, plugins[name]))}
+    real = {name for name in here if any(map(glob.glob, files[name]))}
+    if here - real:
+        jax.config.update("jax_platforms", ",".join([*sorted(real), "cpu"]))
 
 
 def _main(main: Callable[[config_lib.Experiment], int | None], cfg: config_lib.Experiment) -> int | None:
