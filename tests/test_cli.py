@@ -1,6 +1,7 @@
 """Commands as a person meets them: flags in, one line and an exit code out."""
 
 import errno
+import fnmatch
 import os
 import subprocess
 import sys
@@ -258,13 +259,19 @@ def test_parsing_leaves_the_global_flags_as_they_were(folder):
     assert parse(folder).seed == 0
 
 
-@pytest.mark.parametrize("platforms,chips,chosen", [(None, False, "cpu"), (None, True, None), ("tpu", False, None)])
-def test_tpus_are_not_looked_for_where_only_their_compiler_is(monkeypatch, platforms, chips, chosen):
-    """libtpu without a TPU: JAX is told so; a device file, or the user's own JAX_PLATFORMS, decides otherwise."""
+TPU, GPU = "libtpu", "jax_cuda13_plugin"
+
+
+@pytest.mark.parametrize("platforms,packages,files,chosen", [
+    (None, (TPU,), (), "cpu"), (None, (TPU,), ("/dev/accel0",), None), ("tpu", (TPU,), (), None), (None, (), (), None),
+    (None, (TPU, GPU), (), "cpu"), (None, (TPU, GPU), ("/dev/nvidia0",), "cuda,cpu"), (None, (GPU,), (), "cpu"),
+])
+def test_devices_are_not_looked_for_where_only_their_compiler_is(monkeypatch, platforms, packages, files, chosen):
+    """A plugin without its device: JAX is told so; a device file, or the user's own JAX_PLATFORMS, decides otherwise."""
     told = {}
     config = types.SimpleNamespace(jax_platforms=platforms, update=told.__setitem__)
     monkeypatch.setattr(cli, "jax", types.SimpleNamespace(config=config))
-    monkeypatch.setattr(cli.glob, "glob", lambda pattern: ["/dev/accel0"] if chips and "accel" in pattern else [])
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
-    cli._leave_out_absent_tpu()
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: [f for f in files if fnmatch.fnmatch(f, pattern)])
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: object() if name in packages else None)
+    cli._leave_out_absent()
     assert told.get("jax_platforms") == chosen
