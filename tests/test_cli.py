@@ -267,7 +267,7 @@ TPU, GPU = "libtpu", "jax_cuda13_plugin"
     (None, (TPU, GPU), (), "cpu"), (None, (TPU, GPU), ("/dev/nvidia0",), "cuda,cpu"), (None, (GPU,), (), "cpu"),
 ])
 def test_devices_are_not_looked_for_where_only_their_compiler_is(monkeypatch, platforms, packages, files, chosen):
-    """A plugin without its device: JAX is told so; a device file, or the user's own JAX_PLATFORMS, decides otherwise."""
+    """A plugin without its device: JAX is told so; a device file or the user's JAX_PLATFORMS decides otherwise."""
     told = {}
     config = types.SimpleNamespace(jax_platforms=platforms, update=told.__setitem__)
     monkeypatch.setattr(cli, "jax", types.SimpleNamespace(config=config))
