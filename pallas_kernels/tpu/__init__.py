@@ -1,12 +1,5 @@
-"""Decode kernels for TPU; `supports` says what they serve, `run` runs one."""
+"""Decode kernels for TPU; `supports` says what they serve, `run` runs one; tuning.py says how they are cut."""
 
-from pallas_kernels.contract import Partial, Problem
+from pallas_kernels.tpu.decode import run, supports
 
-
-def supports(p: Problem) -> str | None:
-    """None if a kernel serves `p`, else why not."""
-    return "no kernel is written yet"
-
-
-def run(q, kv, positions, p: Problem, interpret) -> Partial:
-    raise NotImplementedError
+__all__ = ["run", "supports"]
