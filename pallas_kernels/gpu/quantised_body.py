@@ -73,10 +73,10 @@ def parts(dim: int) -> tuple[int, ...]:
     return (128,) * (dim // 128) if dim % 128 == 0 else (64,) * (dim // 64)
 
 
-def tiled(shape: tuple[int, ...], dtype, minor: int = 0):
-    """Shared memory laid out for TMA and matmuls; `minor` columns are copied at a time (0: all)."""
+def tiled(shape: tuple[int, ...], dtype):
+    """Shared memory laid out for TMA and matmuls."""
     width = bits(dtype)
-    swizzle = plgpu.find_swizzle((minor or shape[-1]) * width)
+    swizzle = plgpu.find_swizzle(shape[-1] * width)
     transforms = (plgpu.TilingTransform((8, swizzle * 8 // width)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -86,7 +86,7 @@ def scratch(plan: Plan) -> dict:
     p, n, held = plan.p, plan.stages, {}
     held["q_smem"] = tiled((plan.rows, p.key_dim), plan.q_dtype)
     held["k_smem"] = tiled((n, plan.keys, p.key_dim), p.k_dtype)
-    held["v_smem"] = tiled((n, p.value_dim, plan.keys), p.v_dtype, plan.keys // plan.pages)
+    held["v_smem"] = tiled((n, plan.pages, p.value_dim, plan.keys // plan.pages), p.v_dtype)  # a page is contiguous
     held["p_smem"] = tiled((plan.rows, plan.keys), plan.p_dtype)
     if plan.k_scaled:
         held["k_scale_smem"] = plgpu.SMEM((n, plan.keys), jnp.float32)
@@ -94,7 +94,7 @@ def scratch(plan: Plan) -> dict:
         held["v_scale_smem"] = plgpu.SMEM((n, plan.keys), jnp.float32)
     if plan.interpreted:
         held["k_wide"] = tiled((plan.keys, p.key_dim), plan.q_dtype)
-        held["v_wide"] = tiled((p.value_dim, plan.keys), plan.p_dtype)
+        held["v_wide"] = tiled((p.value_dim, plan.keys // plan.pages), plan.p_dtype)
     held["q_ready"] = plgpu.Barrier()
     held["k_ready"] = plgpu.Barrier(num_arrivals=plan.pages * (1 + plan.k_scaled), num_barriers=n)
     held["v_ready"] = plgpu.Barrier(num_arrivals=plan.pages * (1 + plan.v_scaled), num_barriers=n)
@@ -183,7 +183,7 @@ def fetch(plan: Plan, refs: dict, which: str, b, group, block, slot) -> None:
         if which == "k":
             plgpu.copy_gmem_to_smem(refs["k"].at[row, head, tokens], refs["k_smem"].at[slot, here], ready)
         else:
-            plgpu.copy_gmem_to_smem(refs["v"].at[row, head, :, tokens], refs["v_smem"].at[slot, :, here], ready)
+            plgpu.copy_gmem_to_smem(refs["v"].at[row, head, :, tokens], refs["v_smem"].at[slot, part], ready)
         if f"{which}_scale" in refs:
             plgpu.copy_gmem_to_smem(
                 refs[f"{which}_scale"].at[row, head, tokens], refs[f"{which}_scale_smem"].at[slot, here], ready)
@@ -211,11 +211,13 @@ def scores(plan: Plan, refs: dict, slot, factor) -> jax.Array:
 
 def values(plan: Plan, refs: dict, slot) -> list[jax.Array]:
     """V^T P^T[V,rows] float32 of the tile of V in stage `slot`, in parts along V."""
-    done, found = 0, []
+    done, found, each = 0, [], plan.keys // plan.pages
     for width in parts(plan.p.value_dim):
 
         def product(acc, rows=pl.ds(done, width)):
-            multiply(plan, acc, refs["v_smem"].at[slot, rows], refs["p_smem"].T, refs.get("v_wide"))
+            for page in range(plan.pages):
+                weights = refs["p_smem"].at[:, pl.ds(page * each, each)].T
+                multiply(plan, acc, refs["v_smem"].at[slot, page, rows], weights, refs.get("v_wide"))
             return acc[...]
 
         found.append(pl.run_scoped(product, plgpu.ACC((width, plan.rows), jnp.float32)))
