@@ -127,15 +127,25 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """Axis D. `kinds` is a pattern over layers (the owner's entry counts): full | ring | by_mask.
+    """Axis D. `kinds` is a pattern over layers (the owner's entry counts): full | ring | by_mask | paged.
 
-    `ring` holds the widest reader's window plus its sinks and needs every reader of the owner to be
-    windowed; `by_mask` is ring where that holds and full elsewhere.
+    `ring` holds the widest reader's window plus its sinks and needs every reader of the owner to be windowed;
+    `by_mask` is ring where that holds and full elsewhere; `paged` holds pages of `page_size` tokens, given out by a
+    table, from a pool of `pages` per owner layer (0 = enough for every sequence at capacity).
+
+    int8, int4 and float8_e4m3fn are codes with float32 scales: one a token and head, or with key_scale "channel" one a
+    key channel, fixed by a sequence's first tokens (kvattn/cache/quantized.py). `layout` "lanes" holds K and V as
+    [dim, S], "v_lanes" V only. Slots of full and ring stores are rounded up to a multiple of `multiple`.
     """
 
     kinds: tuple[str, ...] = ("full",)
-    dtype: str = "float32"  # float32 | bfloat16
+    dtype: str = "float32"  # float32 | bfloat16 | int8 | int4 | float8_e4m3fn
     capacity: int = 0  # tokens per sequence; 0 = what the command needs (prompt + new tokens)
+    key_scale: str = "token"  # token | channel (codes only)
+    layout: str = "rows"  # rows | lanes | v_lanes
+    multiple: int = 1
+    page_size: int = 64  # P: 16, 32, 64, 128 or 256
+    pages: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

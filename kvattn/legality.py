@@ -8,6 +8,7 @@ from typing import Any
 from kvattn.errors import UserError
 
 _POSITIVE = ("vocab_size", "d_model", "n_layers", "n_heads", "n_k_heads", "n_v_heads", "head_dim", "v_head_dim", "d_ff")
+_CODES = ("int8", "int4", "float8_e4m3fn")
 _CHOICES = {
     "qk_norm": ("none", "head", "full"),
     "norm": ("rmsnorm", "layernorm"),
@@ -117,16 +118,36 @@ def _check_ropes(c: Any) -> None:
 def check_cache(c: Any) -> None:
     _need(len(c.kinds) > 0, "cache.kinds is (); it needs at least one entry.")
     for kind in c.kinds:
-        _choice(kind, ("full", "ring", "by_mask"), "cache.kinds")
-    _choice(c.dtype, ("float32", "bfloat16"), "cache.dtype")
+        _choice(kind, ("full", "ring", "by_mask", "paged"), "cache.kinds")
+    _choice(c.dtype, ("float32", "bfloat16", *_CODES), "cache.dtype")
+    _choice(c.key_scale, ("token", "channel"), "cache.key_scale")
+    _choice(c.layout, ("rows", "lanes", "v_lanes"), "cache.layout")
     _need(c.capacity >= 0, f"cache.capacity is {c.capacity}; use 0 for what the command needs or a positive size.")
+    _need(c.multiple >= 1, f"cache.multiple is {c.multiple}; slots are rounded up to it, give at least 1.")
+    _need(c.page_size in (16, 32, 64, 128, 256),
+          f"cache.page_size is {c.page_size}; choose one of 16, 32, 64, 128, 256.")
+    _need(c.pages >= 0, f"cache.pages is {c.pages}; use 0 for as many as the batch needs or a positive number.")
+    _need(c.pages == 0 or "paged" in c.kinds, f"cache.pages is {c.pages} but cache.kinds has no paged; set it to 0.")
+    if c.key_scale == "channel":
+        _need(c.dtype in _CODES,
+              f"cache.key_scale is 'channel' with cache.dtype {c.dtype!r}, without scales; use {', '.join(_CODES)}.")
+        _need("paged" not in c.kinds,
+              "cache.key_scale is 'channel' with paged in cache.kinds; sequences share pages, a channel scale belongs "
+              "to one of them, use token.")
 
 
 def check_model_cache(model: Any, cache: Any) -> None:
-    """Axis C x axis D: a ring needs a window in every reader of its owner."""
+    """Axes A, C, E x axis D: a ring needs a window in every reader of its owner, a layout of V needs a V."""
     check_cache(cache)
     _need(not model.scan_layers,
           "model.scan_layers is True with a cache; scanned layers copy the cache, set scan_layers to False to decode.")
+    _need(not model.tied_kv or cache.layout != "v_lanes",
+          "cache.layout is 'v_lanes' but model.tied_kv leaves no V of its own; use rows or lanes.")
+    _need(not model.tied_kv or cache.key_scale != "channel",
+          "cache.key_scale is 'channel' but with model.tied_kv the key is also the value; use token.")
+    _need(model.kernel != "cudnn" or (cache.dtype not in _CODES and cache.layout == "rows"),
+          f"model.kernel is 'cudnn' with cache.dtype {cache.dtype!r} and cache.layout {cache.layout!r}; it reads "
+          "rows of float32 or bfloat16, use those or kernel xla.")
     for owner in model.owners:
         if cache.kinds[owner % len(cache.kinds)] != "ring":
             continue

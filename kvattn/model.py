@@ -273,7 +273,8 @@ def attend_layer(params, cfg, layer, h, h_kv, where, cache, view):
         if together:
             k, v = (own_group(a, q.shape[2], "fresh_heads") for a in (k, v))
         own = together and where.fresh
-        operands.append(Operand(k, v, mask(tokens, segment.tokens), segment.tokens, segment.split, own))
+        kv = None if segment.cache is None else variant.kernel_kv(cfg, segment.cache)
+        operands.append(Operand(k, v, mask(tokens, segment.tokens), segment.tokens, segment.split, own, kv))
     context = attention(cfg, layer, q, tokens, operands)
     return variant.output(params, cfg, reshard(context, _TOGETHER if together else _CACHED_OUT, _MADE)), view, cache
 

@@ -16,6 +16,7 @@ class Projection:
     queries: Callable
     entries: Callable
     expand: Callable
+    kernel_kv: Callable
     output: Callable
 
 

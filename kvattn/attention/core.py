@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kvattn.layers import soft_cap
+from pallas_kernels import Leaf
 
 NEGATIVE = -1e30  # finite, so that a row with nothing visible has max NEGATIVE and sum 0, never NaN
 
@@ -24,28 +25,39 @@ class Partial(NamedTuple):
 
 
 def attend_partial(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float, cap: float = 0.0
+    q: jax.Array, k: jax.Array | Leaf, v: jax.Array | Leaf, mask: jax.Array, *, scale: float, cap: float = 0.0
 ) -> Partial:
     """Softmax attention with its statistics.
 
     q[B,T,N,H], k[B,K,S,H], v[B,M,S,V], mask bool[B,T,S]. K and M divide N; query head n reads key head
     n // (N/K) and value head n // (N/M), so K and M may differ (DiffQKV, arXiv 2501.13629). Nothing is repeated.
     Scores, softmax and sums are float32; the probabilities are cast to v's dtype for the second matmul.
+
+    k and v may be Leafs: along lanes [B,K,H,S], or codes in q's dtype with float32 scales, which are folded into the
+    scores, (q . code_k) s_k, or a channel's into q, and into the probabilities, sum_j (p_j s_v[j]) code_v[j], so that
+    no dequantised copy is made.
     """
+    k, v = (x if isinstance(x, Leaf) else Leaf(x) for x in (k, v))
     batch, length, n, h = q.shape
-    k_heads, slots = k.shape[1], k.shape[2]
-    v_heads, v_dim = v.shape[1], v.shape[3]
-    grouped = q.transpose(0, 2, 1, 3).reshape(batch, k_heads, n // k_heads * length, h)
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, k, preferred_element_type=jnp.float32) * scale
-    scores = soft_cap(scores, cap).reshape(batch, n, length, slots)
+    grouped = q.transpose(0, 2, 1, 3).reshape(batch, k.heads, n // k.heads * length, h)
+    if k.channel:
+        grouped = (grouped.astype(jnp.float32) * k.scale).astype(q.dtype)
+    product = "bkgh,bkhs->bkgs" if k.lanes else "bkgh,bksh->bkgs"
+    scores = jnp.einsum(product, grouped, k.values, preferred_element_type=jnp.float32) * scale
+    if k.scale is not None and not k.channel:
+        scores = scores * k.scale[:, :, None, :]
+    scores = soft_cap(scores, cap).reshape(batch, n, length, k.slots)
     seen = mask[:, None, :, :]
     scores = jnp.where(seen, scores, NEGATIVE)
     top = jax.lax.stop_gradient(scores.max(-1))
     weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)
     total = weights.sum(-1)
-    rows = weights.astype(v.dtype).reshape(batch, v_heads, n // v_heads * length, slots)
-    out = jnp.einsum("bmgs,bmsv->bmgv", rows, v, preferred_element_type=jnp.float32)
-    out = out.reshape(batch, n, length, v_dim) / jnp.where(total == 0, 1.0, total)[..., None]
+    rows = weights.reshape(batch, v.heads, n // v.heads * length, v.slots)
+    if v.scale is not None:
+        rows = rows * v.scale[:, :, None, :]
+    product = "bmgs,bmvs->bmgv" if v.lanes else "bmgs,bmsv->bmgv"
+    out = jnp.einsum(product, rows.astype(v.dtype), v.values, preferred_element_type=jnp.float32)
+    out = out.reshape(batch, n, length, v.dim) / jnp.where(total == 0, 1.0, total)[..., None]
     return Partial(*(x.swapaxes(1, 2) for x in (out, top, total)))
 
 

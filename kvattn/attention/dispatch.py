@@ -16,6 +16,7 @@ from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.masks import Tokens
 from kvattn.recompute import recompute
+from pallas_kernels import KV, Leaf
 from sharding import merge_softmax, whole
 
 SCORE_BYTES = 1 << 30  # scores that one chip holds at once; more are made block by block
@@ -23,15 +24,19 @@ UNROLLED_BLOCKS = 32
 
 
 class Operand(NamedTuple):
-    """One segment ready for a kernel: k[B,K,S,H], v[B,M,S,V], mask bool[B,T,S], the key tokens, whether S may be split
-    over chips, and whether the keys are the queries' own tokens in order, so that none sees a later one."""
+    """One segment ready for a kernel: k[B,K,S,H], v[B,M,S,V] (arrays, or Leafs of a cache: codes, lanes), mask
+    bool[B,T,S], the key tokens, whether S may be split over chips, and whether the keys are the queries' own tokens in
+    order, so that none sees a later one. `kv`: a cache as decode kernels read it, pages not gathered; None for tokens
+    that are in no cache, and where keys or values must be made from what is stored. k and v are then not computed
+    unless they are used (under jit)."""
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | Leaf
+    v: jax.Array | Leaf
     mask: jax.Array
     tokens: Tokens
     split: bool = False
     own: bool = False
+    kv: KV | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +71,7 @@ def _in_blocks(partial: Callable, q: jax.Array, op: Operand) -> Partial:
     queries' own order, a block reads those up to its own end."""
     batch, length, heads = q.shape[:3]
     blocks = 1
-    while 4 * batch * heads * length * op.k.shape[2] > blocks * SCORE_BYTES and length % (2 * blocks) == 0:
+    while 4 * batch * heads * length * op.mask.shape[2] > blocks * SCORE_BYTES and length % (2 * blocks) == 0:
         blocks *= 2
     if blocks == 1:
         return partial(q, (op.k, op.v), op.mask)
@@ -112,6 +117,9 @@ def _cudnn(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operand
     if len(operands) != 1 or q_tokens.segments is not None:
         raise UserError("model.kernel is 'cudnn', which has no packed segments and no chunked ring prefill; use xla.")
     op, length = operands[0], q.shape[1]
+    if isinstance(op.k, Leaf) or isinstance(op.v, Leaf):
+        raise UserError("model.kernel is 'cudnn', which reads rows of bfloat16; use cache.dtype bfloat16 with "
+                        "cache.layout rows, or kernel xla.")
     k, v = op.k.swapaxes(1, 2), op.v.swapaxes(1, 2)  # cuDNN's layout is [B,S,K,H]
     if length == 1:
         bias_mask = op.mask[:, None, :, :]

@@ -10,9 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kvattn.cache.base import Cache, kv
+from kvattn.cache.quantized import cast, decode
 from kvattn.config import ModelConfig
 from kvattn.layers import BLOCK, dense, rms_norm, rope_table, rotate
 from kvattn.spec import ParamSpec
+from pallas_kernels import KV
 from sharding import reshard
 
 
@@ -94,13 +97,19 @@ def entries(params: dict[str, Any], cfg: ModelConfig, x: jax.Array, table: Any) 
     return {"k": rotate(k, table).swapaxes(1, 2), "v": v.swapaxes(1, 2)}
 
 
-def expand(cfg: ModelConfig, layer: int, stored: dict[str, jax.Array], positions: jax.Array, dtype: Any):
-    """Stored entries [B,heads,S,dim] at positions[B,S] -> k[B,K,S,H], v[B,M,S,V] in `dtype`."""
-    k = stored["k"].astype(dtype)
+def expand(cfg: ModelConfig, layer: int, stored: dict[str, Any], positions: jax.Array, dtype: Any):
+    """Stored entries [B,heads,S,dim] at positions[B,S] -> k[B,K,S,H], v[B,M,S,V] in `dtype`; Leafs stay Leafs, their
+    codes cast. Tied keys are dequantised: they are rotated here."""
     if not cfg.tied_kv:
-        return k, stored["v"].astype(dtype)
+        return cast(stored["k"], dtype), cast(stored["v"], dtype)
+    k = decode(stored["k"], dtype)
     table = rope_table(cfg.rope(layer), cfg.head_dim, jnp.maximum(positions, 0))
     return rotate(k, table, head_axis=1), k
+
+
+def kernel_kv(cfg: ModelConfig, cache: Cache) -> KV | None:
+    """The cache as a decode kernel reads it; None where entries are not yet keys and values (tied: not yet rotated)."""
+    return None if cfg.tied_kv else kv(cache)
 
 
 def output(params: dict[str, Any], cfg: ModelConfig, context: jax.Array) -> jax.Array:

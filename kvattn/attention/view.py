@@ -8,21 +8,26 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from kvattn.cache.base import Cache, append, read, stored
+from kvattn.cache.quantized import Entry
 from kvattn.masks import Tokens
 from sharding import reshard
 
 
 @flax.struct.dataclass
 class Segment:
-    """entries: leaf -> [B, heads, S, dim]; tokens: positions and segment ids [B,S]; `split`: S may be split over
-    chips (a cache), so that each sees a part of the keys."""
+    """entries: leaf -> [B, heads, S, dim], or a pallas_kernels.Leaf of S slots; tokens: positions and segment ids
+    [B,S]. `cache`: the cache that the entries were read from, as kernels take it; None for the pass's own tokens."""
 
-    entries: dict[str, jax.Array]
+    entries: dict[str, Entry]
     tokens: Tokens
-    split: bool = flax.struct.field(pytree_node=False, default=False)
+    cache: Cache | None = None
+
+    @property
+    def split(self) -> bool:
+        """S may be split over chips (a cache), so that each sees a part of the keys."""
+        return self.cache is not None
 
 
 View = tuple[Segment, ...]
@@ -52,14 +57,14 @@ def make_view(entries: dict[str, jax.Array], axes: dict[str, Any], where: Any, c
     arriving = {n: reshard(x, axes[n], _CACHED) for n, x in entries.items()}
     positions = where.cached.positions
     if where.fresh:
-        return (together(stored(cache, entries)),), append(cache, arriving, positions)
+        return (together(stored(cache, entries, where.together.positions)),), append(cache, arriving, positions)
     if cache.ring and positions.shape[1] > 1:
-        new = Segment(stored(cache, arriving), where.cached)
+        new = Segment(stored(cache, arriving, positions), where.cached)
         return (_read_segment(cache), new), append(cache, arriving, positions)
     cache = append(cache, arriving, positions)
     return (_read_segment(cache),), cache
 
 
 def _read_segment(cache: Cache) -> Segment:
-    entries, positions, valid = read(cache)
-    return Segment(entries, Tokens(jnp.where(valid, positions, -1)), True)
+    entries, positions, _ = read(cache)
+    return Segment(entries, Tokens(positions), cache)

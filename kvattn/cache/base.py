@@ -1,58 +1,80 @@
 """Axis D: how K and V are held. A cache is a value of named leaves; it knows nothing of attention.
 
-Leaves are [B, heads, S, dim]: heads before slots, so that a decode step's two matmuls have leading batch dims
-and the cache is read in place. Slots are addressed by position (full: slot = position; ring: sinks first,
-then position modulo the ring), so left padding, right padding and ragged rows need no bookkeeping but
+Two things vary apart. How tokens are addressed, here: full (slot = position), ring (sinks first, then position modulo
+the ring), or paged (kvattn/cache/paged.py). How a leaf encodes them: kvattn/cache/quantized.py. A plain leaf is an
+array [B, heads, S, dim]: heads before slots, so that a decode step's two matmuls have leading batch dims and the cache
+is read in place. As slots follow from positions, left padding, right padding and ragged rows need no bookkeeping but
 `length`, the number of tokens each row has seen. Positions -1 are padding and are never written.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from kvattn import legality
+from kvattn.cache import paged, quantized
+from kvattn.cache.quantized import Entry
+from kvattn.cache.write import ROW_WRITES, write
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.errors import UserError
+from pallas_kernels import KV, codes
+from pallas_kernels.contract import key_positions
 from sharding import offset
 
-ROW_WRITES = 8  # up to this batch one token is written row by row in place (on CPU); above, by one scatter
+__all__ = ["ROW_WRITES", "Cache", "append", "axes", "create", "kv", "layout", "nbytes", "read", "specs", "stored"]
 
 
 @flax.struct.dataclass
 class Cache:
-    """entries: leaf -> [B, heads, S, dim]; length[B] int32 tokens seen; ring slots after `sinks` (0 = full)."""
+    """entries: leaf -> [B, heads, S, dim] or pallas_kernels.Leaf; length[B] int32 tokens seen; table[B,n] int32 of a
+    paged cache, whose entries are pools of pages; ring slots after `sinks` (0 = full)."""
 
-    entries: dict[str, jax.Array]
+    entries: dict[str, Entry]
     length: jax.Array
     ring: int = flax.struct.field(pytree_node=False, default=0)
     sinks: int = flax.struct.field(pytree_node=False, default=0)
+    table: jax.Array | None = None
+
+    @property
+    def page(self) -> int:
+        """Tokens of a page; 0 where slots are contiguous."""
+        return 0 if self.table is None else quantized.as_leaf(next(iter(self.entries.values()))).slots
 
     @property
     def slots(self) -> int:
-        return next(iter(self.entries.values())).shape[2]
+        """Slots of one row."""
+        slots = quantized.as_leaf(next(iter(self.entries.values()))).slots
+        return slots if self.table is None else slots * self.table.shape[1]
 
 
 def layout(cfg: ModelConfig, cache: CacheConfig, owner: int, capacity: int) -> tuple[int, int, int]:
-    """(slots, ring, sinks) of an owner's cache for `capacity` tokens per sequence; ring 0 means full."""
+    """(slots of one row, ring, sinks) of an owner's cache for `capacity` tokens per sequence; ring 0 means that every
+    token is kept. Slots are whole pages, or multiples of `cache.multiple`."""
+
+    def whole(slots, unit):
+        return -(-slots // unit) * unit
+
     kind = cache.kinds[owner % len(cache.kinds)]
+    if kind == "paged":
+        return whole(capacity, cache.page_size), 0, 0
+    full = whole(capacity, cache.multiple), 0, 0
     masks = [cfg.mask(reader) for reader in cfg.readers(owner)]
-    windowed = all(mask.window for mask in masks)
-    if kind == "full" or (kind == "by_mask" and not windowed):
-        return capacity, 0, 0
+    if kind == "full" or (kind == "by_mask" and not all(mask.window for mask in masks)):
+        return full
     sinks, window = max(mask.sinks for mask in masks), max(mask.window for mask in masks)
-    if sinks + window >= capacity:
-        return capacity, 0, 0  # the whole sequence fits in the window: a ring would never turn
-    return sinks + window, window, sinks
+    ring = whole(sinks + window, cache.multiple), window, sinks
+    # Where the whole sequence fits in the window, a ring would never turn.
+    return full if sinks + window >= capacity or ring[0] >= full[0] else ring
 
 
 def specs(cfg: ModelConfig, cache: CacheConfig, batch: int, capacity: int) -> tuple[Any, ...]:
     """Abstract caches (ShapeDtypeStruct leaves), indexed by layer; None for layers that own none.
 
-    Raises UserError when the store does not fit the masks or capacity is not positive.
+    Raises UserError when the store does not fit the model or capacity is not positive.
     """
     from kvattn.attention import VARIANTS
 
@@ -65,28 +87,67 @@ def specs(cfg: ModelConfig, cache: CacheConfig, batch: int, capacity: int) -> tu
             out.append(None)
             continue
         slots, ring, sinks = layout(cfg, cache, layer, capacity)
+        rows, table = batch, None
+        if is_paged(cache, layer):
+            table = jax.ShapeDtypeStruct((batch, slots // cache.page_size), jnp.int32)
+            rows, slots = 1 + pool_pages(cache, batch, capacity), cache.page_size
         leaves = {
-            name: jax.ShapeDtypeStruct((batch, heads, slots, dim), jnp.dtype(cache.dtype))
+            name: quantized.spec(cache, name, rows, heads, slots, dim, batch)
             for name, (heads, dim) in VARIANTS[cfg.variant].kv_spec(cfg).items()
         }
-        out.append(Cache(leaves, jax.ShapeDtypeStruct((batch,), jnp.int32), ring, sinks))
+        out.append(Cache(leaves, jax.ShapeDtypeStruct((batch,), jnp.int32), ring, sinks, table))
     return tuple(out)
 
 
-def create(cfg: ModelConfig, cache: CacheConfig, batch: int, capacity: int) -> tuple[Any, ...]:
-    """Empty caches for `batch` sequences of up to `capacity` tokens; zero-filled (a masked slot is still read)."""
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), specs(cfg, cache, batch, capacity))
+def is_paged(cache: CacheConfig, owner: int) -> bool:
+    return cache.kinds[owner % len(cache.kinds)] == "paged"
+
+
+def pool_pages(cache: CacheConfig, batch: int, capacity: int) -> int:
+    """Pages of a paged owner's pool that sequences can have; page 0, which none has, comes on top."""
+    return cache.pages or batch * paged.pages_for(capacity, cache.page_size)
+
+
+def create(
+    cfg: ModelConfig, cache: CacheConfig, batch: int, capacity: int, tokens: Sequence[int] | None = None
+) -> tuple[Any, ...]:
+    """Empty caches for `batch` sequences of up to `capacity` tokens; zero-filled (a masked slot is still read).
+
+    Paged stores give row b pages for tokens[b] tokens (None: for `capacity`); who wants to give them out later passes
+    zeros and uses paged.Allocator and paged.apply. Raises UserError as `specs`, paged.OutOfPages for too small a pool.
+    """
+    abstract = specs(cfg, cache, batch, capacity)
+    table = None
+    if any(c is not None and c.table is not None for c in abstract):
+        allocator = paged.Allocator(pool_pages(cache, batch, capacity), cache.page_size)
+        allocator.allocate(dict(enumerate([capacity] * batch if tokens is None else tokens)))
+        table = allocator.table(batch, paged.pages_for(capacity, cache.page_size))
+    made = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)
+    return tuple(c if c is None or c.table is None else c.replace(table=jnp.array(table)) for c in made)
 
 
 def nbytes(caches: Any) -> int:
-    """Bytes of K and V held (the `length` counters, 4 bytes per row and owner, are not KV)."""
+    """Bytes of K and V held, scales included (the `length` counters, 4 bytes per row and owner, and tables, 4 bytes per
+    page of a row and owner, are not KV)."""
     leaves = jax.tree.leaves([c.entries for c in caches if c is not None])
-    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+    return sum(-(-math.prod(leaf.shape) * codes.bits(leaf.dtype) // 8) for leaf in leaves)
 
 
-def stored(cache: Cache, entries: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Entries as the cache would give them back: what a first prefill attends to."""
-    return {name: entries[name].astype(leaf.dtype) for name, leaf in cache.entries.items()}
+def axes(cache: Cache) -> Cache:
+    """The logical axes of every array of a contiguous cache, in its own form: tuples in place of arrays."""
+    entries = {name: quantized.axes(entry) for name, entry in cache.entries.items()}
+    return cache.replace(entries=entries, length=("cache_batch",))
+
+
+def stored(cache: Cache, entries: dict[str, jax.Array], positions: jax.Array) -> dict[str, jax.Array]:
+    """Entries [B,heads,T,dim] at positions[B,T] as the cache would give them back, in the same shape: what a first
+    prefill attends to."""
+    out = {}
+    for name, entry in cache.entries.items():
+        x = entries[name]
+        new = quantized.encode(entry, x, positions, cache.length)
+        out[name] = quantized.decode(new, x.dtype if getattr(entry, "scale", None) is not None else entry.dtype)
+    return out
 
 
 def slot_of(cache: Cache, positions: jax.Array, length: jax.Array) -> jax.Array:
@@ -104,72 +165,36 @@ def slot_of(cache: Cache, positions: jax.Array, length: jax.Array) -> jax.Array:
 def append(cache: Cache, entries: dict[str, jax.Array], positions: jax.Array) -> Cache:
     """Writes entries [B,heads,T,dim] at absolute positions[B,T] (-1 = padding, skipped).
 
-    In place under donation. A position beyond a full cache's capacity is dropped: callers check lengths first.
+    In place under donation. A position beyond a cache's capacity or pages is dropped: callers check lengths first.
     """
-    length = jnp.maximum(cache.length, positions.max(1) + 1)
-    slots, new = slot_of(cache, positions, length), stored(cache, entries)
-    if positions.shape[1] == 1:
-        few = _write_rows if positions.shape[0] <= ROW_WRITES else _write_scatter
-        held = jax.lax.platform_dependent(cache.entries, new, slots, cpu=few, tpu=_write_loop, default=_write_scatter)
+    new = {n: quantized.encode(entry, entries[n], positions, cache.length) for n, entry in cache.entries.items()}
+    if cache.table is None:
+        length = jnp.maximum(cache.length, positions.max(1) + 1)
+        rows, slots = None, slot_of(cache, positions, length)
     else:
-        held = _write_scatter(cache.entries, new, slots)
-    return cache.replace(entries=held, length=length)
+        rows, slots = paged.address(cache.table, cache.page, positions)
+        length = jnp.maximum(cache.length, jnp.where(slots < cache.page, positions, -1).max(1) + 1)
+    held, where = quantized.planes(cache.entries)
+    held = write(held, quantized.planes(new)[0], where, rows, slots)
+    return cache.replace(entries=quantized.joined(held, new), length=length)
 
 
-def _write_rows(held: dict[str, jax.Array], new: dict[str, jax.Array], slots: jax.Array) -> dict[str, jax.Array]:
-    """One token per row: a dynamic-update-slice per row, skipped where there is nothing to write.
-
-    The branch also keeps XLA:CPU from fusing the update into its readers, which for a batch of one writes it
-    twice (once for the attention, once for the result) and copies the cache four times to do so.
-    """
-    size = next(iter(held.values())).shape[2]
-    for b in range(slots.shape[0]):
-
-        def write(held, b=b):
-            at = (b, 0, slots[b, 0], 0)
-            return {n: jax.lax.dynamic_update_slice(leaf, new[n][b : b + 1], at) for n, leaf in held.items()}
-
-        held = jax.lax.cond(slots[b, 0] < size, write, lambda held: held, held)
-    return held
-
-
-def _write_loop(held: dict[str, jax.Array], new: dict[str, jax.Array], slots: jax.Array) -> dict[str, jax.Array]:
-    """One token per row, by a read and a dynamic-update-slice of that token per row: a TPU does them in place in any
-    layout, where a scatter wants the cache in a layout of its own and copies it there and back."""
-    size = next(iter(held.values())).shape[2]
-
-    def write(b, held):
-        at = (b, 0, jnp.minimum(slots[b, 0], size - 1), 0)
-        out = {}
-        for n, leaf in held.items():
-            row = jax.lax.dynamic_slice_in_dim(new[n], b, 1, 0)
-            old = jax.lax.dynamic_slice(leaf, at, row.shape)
-            new_leaf = jax.lax.dynamic_update_slice(leaf, jnp.where(slots[b, 0] < size, row, old), at)
-            out[n] = with_layout_constraint(new_leaf, Layout((0, 1, 2, 3)))
-        return out
-
-    if slots.shape[0] > ROW_WRITES:
-        return jax.lax.fori_loop(0, slots.shape[0], write, held)
-    for b in range(slots.shape[0]):
-        held = write(b, held)
-    return held
-
-
-def _write_scatter(held: dict[str, jax.Array], new: dict[str, jax.Array], slots: jax.Array) -> dict[str, jax.Array]:
-    """Any number of tokens; slots beyond the cache are dropped."""
-    rows = jnp.arange(slots.shape[0])[:, None]
-    return {n: leaf.at[rows, :, slots].set(new[n].swapaxes(1, 2), mode="drop") for n, leaf in held.items()}
-
-
-def read(cache: Cache) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-    """(entries leaf -> [B,heads,S,dim], positions[B,S] int32, valid[B,S] bool)."""
+def read(cache: Cache) -> tuple[dict[str, Entry], jax.Array, jax.Array]:
+    """(entries leaf -> [B,heads,S,dim] or Leaf of S slots, positions[B,S] int32, valid[B,S] bool); positions are -1
+    where not valid. Pages are gathered into rows."""
     slot = jnp.arange(cache.slots, dtype=jnp.int32)[None, :] + offset("cache_length", cache.slots)
-    length = cache.length[:, None]
-    if not cache.ring:
-        positions = jnp.broadcast_to(slot, (cache.length.shape[0], cache.slots))
-        return cache.entries, positions, positions < length
-    newest = length - cache.sinks - 1  # index of the newest token after the sinks
-    index = newest - (newest - (slot - cache.sinks)) % cache.ring
-    positions = jnp.where(slot < cache.sinks, slot, cache.sinks + index)
-    valid = jnp.where(slot < cache.sinks, slot < length, (newest >= 0) & (index >= 0))
-    return cache.entries, positions, valid
+    positions = key_positions(slot, cache.length[:, None], cache.ring, cache.sinks)
+    entries = cache.entries
+    if cache.table is not None:
+        entries = {name: paged.gather(entry, cache.table) for name, entry in entries.items()}
+    return entries, positions, positions >= 0
+
+
+def kv(cache: Cache, k: str = "k", v: str = "v", v_dim: int = 0) -> KV:
+    """The cache as decode kernels read it: leaves `k` and `v`, or with v_dim > 0 V as the first columns of `k`."""
+    start = offset("cache_length", cache.slots)
+    value = None if v_dim else quantized.as_leaf(cache.entries[v])
+    return KV(
+        quantized.as_leaf(cache.entries[k]), value, cache.length, cache.table,
+        None if isinstance(start, int) else jnp.asarray(start, jnp.int32), v_dim, cache.ring, cache.sinks,
+    )
