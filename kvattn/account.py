@@ -11,16 +11,17 @@ and add apart (2 per weight and token); norms, softmax and rotary are left out, 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.table import Table
 
 from kvattn import cache as caches
 from kvattn import model, spec
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
 from kvattn.errors import UserError
+from pallas_kernels import codes
 from sharding.hardware import CHIPS, Chip
 
 PHASES = ("prefill", "decode", "train")
@@ -37,14 +38,25 @@ def param_count(cfg: ModelConfig) -> int:
 # --- KV bytes ------------------------------------------------------------------------------------------
 
 
-def kv_bytes_per_token_per_layer(cfg: ModelConfig, cache: CacheConfig) -> tuple[int, ...]:
-    """Bytes that one token of one sequence writes in each layer: sum over leaves of heads x dim x itemsize;
-    0 for layers that read another's cache."""
-    size = jnp.dtype(cache.dtype).itemsize
-    return tuple(
-        0 if leaves is None else size * sum(heads * dim for heads, dim in leaves.values())
-        for leaves in model.kv_specs(cfg)
-    )
+def kv_bytes_per_token_per_layer(cfg: ModelConfig, cache: CacheConfig) -> tuple[int | float, ...]:
+    """Bytes that one token of one sequence writes in each layer: sum over leaves of heads x (dim x bits / 8, and 4 of a
+    scale where it has one of its own); 0 for layers that read another's cache. Keys' channel scales belong to a
+    sequence, not to a token: `cache_bytes` counts them."""
+    out: list[int | float] = []
+    for leaves in model.kv_specs(cfg):
+        bits = sum(_token_bits(cache, name, *shape) for name, shape in (leaves or {}).items())
+        out.append(bits / 8 if bits % 8 else bits // 8)
+    return tuple(out)
+
+
+def _token_bits(cache: CacheConfig, name: str, heads: int, dim: int) -> int:
+    scaled = cache.dtype in codes.LIMITS and not (cache.key_scale == "channel" and name == "k")
+    return heads * (dim * codes.bits(cache.dtype) + (32 if scaled else 0))
+
+
+def _sequence_bytes(cfg: ModelConfig, cache: CacheConfig) -> int:
+    """Bytes of what an owner keeps once per sequence: the keys' channel scales."""
+    return 4 * cfg.n_k_heads * cfg.head_dim if cache.key_scale == "channel" else 0
 
 
 def kv_bytes_per_token(cfg: ModelConfig, cache: CacheConfig, context: int = 0) -> int | float:
@@ -62,22 +74,34 @@ def kv_bytes_per_token(cfg: ModelConfig, cache: CacheConfig, context: int = 0) -
 
 def cache_bytes(cfg: ModelConfig, cache: CacheConfig, batch: int, capacity: int) -> int:
     """Bytes of K and V allocated for `batch` sequences of up to `capacity` tokens: a full store has `capacity`
-    slots, a ring min(capacity, window + sinks). The int32 `length` per row and owner is not counted.
+    slots, a ring min(capacity, window + sinks), both rounded up to `cache.multiple`; a paged store has its pool, page 0
+    included. Scales count; the int32 `length` per row and owner and page tables (4 bytes a page and row) do not.
 
     Raises UserError: batch or capacity below 1, a store that does not fit the masks.
     """
     _positive(batch=batch, capacity=capacity)
     caches.specs(cfg, cache, 1, 1)  # raises where the store does not fit the model
     per_layer = kv_bytes_per_token_per_layer(cfg, cache)
-    slots = {owner: caches.layout(cfg, cache, owner, capacity)[0] for owner in cfg.owners}
-    return batch * sum(per_layer[owner] * slots[owner] for owner in cfg.owners)
+    total = 0
+    for owner in cfg.owners:
+        slots = batch * caches.layout(cfg, cache, owner, capacity)[0]
+        if caches.is_paged(cache, owner):
+            slots = (1 + caches.pool_pages(cache, batch, capacity)) * cache.page_size
+        total += math.ceil(per_layer[owner] * slots) + batch * _sequence_bytes(cfg, cache)
+    return total
 
 
 def max_context(cfg: ModelConfig, cache: CacheConfig, memory_bytes: int, batch: int = 1) -> int | None:
     """Tokens per sequence whose K and V fit in `memory_bytes`; None when every layer is a ring that fits, so
-    that the length is unlimited. 0 when not even one token fits. Raises UserError for a batch below 1."""
+    that the length is unlimited. 0 when not even one token fits. A pool of a fixed number of pages is shared evenly.
+    Raises UserError for a batch below 1."""
     _positive(batch=batch)
     longest = 1 << 40
+    if cache.pages:
+        shared = cache.pages // batch * cache.page_size
+        if shared == 0 or cache_bytes(cfg, cache, batch, shared) <= memory_bytes:
+            return shared
+        longest = shared
     if cache_bytes(cfg, cache, batch, longest) <= memory_bytes:
         return None
     low, high = 0, longest  # low fits, high does not
@@ -253,13 +277,15 @@ def _ledger_row(cfg: ModelConfig, cache: CacheConfig, layer: int, context: int) 
     per_token = kv_bytes_per_token_per_layer(cfg, cache)[layer]
     slots, ring, _ = caches.layout(cfg, cache, owner, context)
     own = owner == layer
+    store = "paged" if caches.is_paged(cache, owner) else "ring" if ring else "full"
+    held = math.ceil(per_token * slots) + _sequence_bytes(cfg, cache)
     return (
         "own" if own else f"layer {owner}",
         f"{cfg.n_heads}/{cfg.n_k_heads}/{cfg.n_v_heads}" + (" tied" if cfg.tied_kv else ""),
         f"{cfg.head_dim}/{cfg.v_head_dim}",
         f"last {mask.window} + first {mask.sinks}" if mask.window else "all",
-        ("ring" if ring else "full") if own else "-",
+        store if own else "-",
         f"{spec.count(model.layer_specs(cfg, layer)):,}",
         f"{per_token:,}",
-        f"{per_token * slots:,}" if own else "0",
+        f"{held:,}" if own else "0",
     )

@@ -175,8 +175,11 @@ def generate(
     program stopped after one token. With `on_token(row, token)` tokens are handed over as they come,
     STREAM_STEPS steps at a time; the tokens are the same. `seeds`: see sampling.create.
 
+    A paged cache gets all its pages up front: those of each prompt and its max_new_tokens.
+
     Raises UserError: no or empty prompt, ids outside the vocabulary, a prompt that with its new tokens does
-    not fit `cache_cfg.capacity`, or a sampling field out of range.
+    not fit `cache_cfg.capacity`, too few `cache_cfg.pages` (paged.OutOfPages, before anything is computed), or a
+    sampling field out of range.
     """
     check_prompts(cfg, prompts)
     batch, new = len(prompts), decode_cfg.max_new_tokens
@@ -195,7 +198,7 @@ def generate(
         draw=(sampler, eos),
         static=(("chunk", chunk), ("width", bucket(new))),
         new=new,
-        caches=lambda: cache.create(cfg, cache_cfg, batch, capacity),
+        caches=lambda: cache.create(cfg, cache_cfg, batch, capacity, [len(prompt) + new - 1 for prompt in prompts]),
     )
     nbytes = cache.nbytes(jax.eval_shape(job.caches))
     out, times = _stream(job, on_token) if on_token else _whole(job)

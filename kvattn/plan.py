@@ -41,12 +41,12 @@ _RESIDUALS = {"serial": "serial", "parallel_palm": "parallel", "parallel_neox": 
 
 def workload(cfg: ModelConfig, cache: CacheConfig, *, weights: str = "bfloat16", kv: str = "") -> cost.Workload:
     """The cost model's input, from the parameter table and the KV spec. `weights`: bfloat16 | int8; `kv`: a key of
-    cost.KV_TYPES, the cache's dtype when empty (also types that no cache of this package stores yet).
+    cost.KV_TYPES, the cache's dtype with its own scales when empty.
 
     Raises UserError: unknown type, a weight the cost model cannot place, a store that does not fit the model.
     """
     cfg = dataclasses.replace(cfg, scan_layers=False)
-    kv = kv or cache.dtype
+    stored, kv = not kv, kv or _kv_type(cache)
     for name, value, valid in (("weights", weights, cost.WEIGHT_BYTES), ("kv", kv, cost.KV_TYPES)):
         if value not in valid:
             raise UserError(f"{name} is {value!r}; choose one of {', '.join(valid)}.")
@@ -56,6 +56,7 @@ def workload(cfg: ModelConfig, cache: CacheConfig, *, weights: str = "bfloat16",
         one = _layer(cfg, cache, layer)
         count[one] = count.get(one, 0) + 1
     bits, scale = cost.KV_TYPES[kv]
+    scale = 4 if stored and scale else scale  # codes as they are held here have float32 scales
     return cost.Workload(
         d_model=cfg.d_model,
         d_ff=cfg.d_ff,
@@ -73,6 +74,11 @@ def workload(cfg: ModelConfig, cache: CacheConfig, *, weights: str = "bfloat16",
         kv_scale_bytes=scale,
         norm_means=1 if cfg.norm == "rmsnorm" else 2,
     )
+
+
+def _kv_type(cache: CacheConfig) -> str:
+    """The cache's dtype as the cost model names it."""
+    return {"float8_e4m3fn": "fp8"}.get(cache.dtype, cache.dtype)
 
 
 def _layer(cfg: ModelConfig, cache: CacheConfig, layer: int) -> cost.Layer:
@@ -367,7 +373,7 @@ def _too_much(p: cost.Prediction, ask: Request) -> str:
 
 def _changes(cfg, cache, ask: Request, tried) -> tuple[str, ...]:
     """One sentence for each kind of change of which some size fits, tried on the default meshes."""
-    kv = ask.kv or cache.dtype
+    kv = ask.kv or _kv_type(cache)
     doubled = [ask.chips << i for i in range(1, 8) if ask.chips << i <= ask.chip.max_chips]
     ways = [
         ("chips", doubled, "{} chips instead of " + str(ask.chips)),

@@ -25,13 +25,13 @@ from kvattn import model, spec
 from kvattn import weights as weights_lib
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.errors import UserError
+from pallas_kernels import Leaf
 from sharding import layouts, reshard, use_manual, use_rules
 from sharding.apply import multiply, partition_spec
 from sharding.rules import Rules
 
 PHASES = ("prefill", "decode")
 OVERLAPS = ("none", "one_way", "two_way", "compiler")
-_CACHE = ("cache_batch", "cache_heads", "cache_length", "cache_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +127,10 @@ def build(
     length = 1 if phase == "decode" else tokens or context
     if length > context:
         raise UserError(f"tokens is {length} and context is {context}; the context must hold them.")
-    held = caches_lib.specs(cfg, cache, batch, context)
+    held = _held(cfg, cache, batch, context)
     rules = rules_for(cfg, layout, mesh, batch, tuple(c.slots for c in held if c is not None))
     params, axes = weights_lib.abstract(cfg, weights), param_axes(cfg, weights)
-    cache_axes = jax.tree.map(lambda s: _Axes(_CACHE[: len(s.shape)]), held)
+    cache_axes = _cache_axes(held)
     if scan:
         cfg = dataclasses.replace(cfg, scan_layers=True)
         params, axes = {**params, "layers": _stacked(params["layers"], cfg)}, {**axes, "layers": _under(axes, cfg)}
@@ -149,6 +149,23 @@ def build(
     )
     logits = NamedSharding(mesh, PartitionSpec(None, tuple(rules["act_vocab"]) or None))
     return Program(fn, args, (logits, places[3]), (3,), rules)
+
+
+def _held(cfg: ModelConfig, cache: CacheConfig, batch: int, context: int) -> tuple[Any, ...]:
+    """Abstract caches. Raises UserError for a store that has no sharded form."""
+    if "paged" in cache.kinds:
+        raise UserError("cache.kinds has paged, which is not split over chips: a table does not say which chip "
+                        "holds a page; use full, ring or by_mask.")
+    if cache.key_scale == "channel":
+        raise UserError("cache.key_scale is 'channel', which is not split over chips: all of a sequence's first tokens "
+                        "fix it; use token.")
+    return caches_lib.specs(cfg, cache, batch, context)
+
+
+def _cache_axes(held: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The logical axes of every array of `held`, in its own form."""
+    axes = tuple(None if cache is None else caches_lib.axes(cache) for cache in held)
+    return jax.tree.map(_Axes, axes, is_leaf=lambda x: type(x) is tuple and all(isinstance(n, str | None) for n in x))
 
 
 def _places(tree: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -215,6 +232,9 @@ def build_floor(
     step = build(cfg, cache, layout, mesh, phase="decode", batch=batch, context=context, weights=weights)
     if cfg.variant != "heads" or cfg.tied_kv:
         raise UserError(f"model.variant is {cfg.variant!r}; the floor is written for plain k and v.")
+    if any(isinstance(leaf, Leaf) for leaf in step.args[3][0].entries.values()):
+        raise UserError(f"cache.dtype is {cache.dtype!r} and cache.layout {cache.layout!r}; the floor is written for "
+                        "rows of float32 or bfloat16.")
     sizes, rules = dict(mesh.shape), step.rules
     rows = batch // layouts.parts(rules["act_batch"], sizes)
     width = cfg.d_model // layouts.parts(rules["act_embed"], sizes)
