@@ -27,7 +27,7 @@ MODES = {
 RUNS = [(backend, mode) for backend, modes in MODES.items() for mode in modes]
 # Cases that a backend cannot serve, written out here: everything else must run.
 REFUSED = {
-    "mosaic_tpu": {"paged_16"},
+    "mosaic_tpu": {"f16", "paged_16", "paged_int8", "paged_int4", "paged_fp8"},
     "mosaic_gpu": {"lanes", "int8_lanes", "paged_16"},
 }
 
@@ -54,8 +54,9 @@ def test_kernel_equals_the_loops(backend, mode, name):
     got = jax.jit(call)(q, kv, positions)
     tolerance = KERNEL_F16 if CASES[name].dtype == "float16" else KERNEL_BF16
     close(got.out, want.out, tolerance, f"{backend} {name} out")
-    close(got.max, want.max, KERNEL_STATS, f"{backend} {name} max")
-    close(got.sum, want.sum, KERNEL_STATS, f"{backend} {name} sum")
+    stats = tolerance if CASES[name].channel else KERNEL_STATS  # q times a channel's scale is rounded to q's dtype
+    close(got.max, want.max, stats, f"{backend} {name} max")
+    close(got.sum, want.sum, stats, f"{backend} {name} sum")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

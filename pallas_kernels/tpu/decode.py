@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.codes import bits
 from pallas_kernels.contract import KV, KernelError, Partial, Problem, combine
 from pallas_kernels.shapes import Blocks, blocks, heads_of, row_positions, rows_of, split_range, stats_of
 from pallas_kernels.tpu import tuning
 from pallas_kernels.tpu.kernel import Setup, Stream, Work, body, place
 from pallas_kernels.tpu.tuning import LANES, Plan
 
-QUERIES = ("bfloat16", "float16", "float32")
-STORES = (*QUERIES, "int8", "int4", "float8_e4m3fn")
+QUERIES = ("bfloat16", "float16", "float32")  # float16 is computed on in float32
+STORES = ("bfloat16", "float32", "int8", "int4", "float8_e4m3fn")  # the compiler knows no float16 in VMEM
 
 
 def supports(p: Problem) -> str | None:
@@ -30,6 +31,9 @@ def supports(p: Problem) -> str | None:
             return f"{name} is held in {dtype} and it reads {', '.join(STORES)}"
     if p.page and (p.page < tuning.SMALLEST_PAGE or p.page % tuning.SMALLEST_PAGE):
         return f"a page of {p.page} tokens is one copy, which must be a multiple of {tuning.SMALLEST_PAGE} tokens"
+    lanes = p.k_lanes or (p.v_lanes and not p.view) or min(bits(p.k_dtype), bits(p.v_dtype)) <= 8
+    if p.page % LANES and lanes:
+        return f"pages of {p.page} tokens along lanes (scales lie so too) leave tiles of {LANES} lanes part empty"
     if not p.page and p.slots % LANES:
         return f"{p.slots} slots are no multiple of {LANES}"
     plan = tuning.choose(p)
@@ -53,6 +57,10 @@ def run(q: jax.Array, kv: KV, positions: jax.Array, p: Problem, interpret: Any, 
     arrays = {"k": kv.k.values, "v": None if kv.v is None else kv.v.values, "k_scale": kv.k.scale,
               "v_scale": None if kv.v is None else kv.v.scale}
     arrays = {name: x for name, x in arrays.items() if x is not None}
+    if p.dtype == "float16":
+        q = q.astype(jnp.float32)
+    if not interpret:  # else XLA, free to choose, moves what fits into VMEM before the call
+        arrays = {name: pltpu.with_memory_space_constraint(x, pltpu.HBM) for name, x in arrays.items()}
     rows = rows_of(q, p, tuning.SUBLANES)
     at = row_positions(positions, p, tuning.SUBLANES)[:, :, None]
     acc, top, total = _call(setup, arrays, interpret)(*_work(setup, kv, read), rows, at, *arrays.values())
@@ -118,7 +126,7 @@ def _call(s: Setup, arrays: dict[str, jax.Array], interpret: Any):
         in_specs=[
             pl.BlockSpec((1, *step_rows, p.key_dim), q_index),
             pl.BlockSpec((1, plan.rows, 1), lambda core, step, *_: (item(core, step)[0], 0, 0)),
-            *[pl.BlockSpec(memory_space=pl.ANY) for _ in names],
+            *[pl.BlockSpec(memory_space=pltpu.HBM) for _ in names],
         ],
         out_specs=[pl.BlockSpec((1, 1, *step_rows, width), out_index) for width in (p.value_dim, LANES, LANES)],
         scratch_shapes=[

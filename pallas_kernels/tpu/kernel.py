@@ -60,17 +60,13 @@ class Stream:
         if not p.page:
             source[self.axis] = pl.ds(pl.multiple_of(offset, LANES), plan.piece)
         place = [every] * rank
-        if not plan.apart:
-            place[self.axis] = pl.ds(pl.multiple_of(at * plan.piece, plan.piece), plan.piece)
-        lead = (slot, at) if plan.apart else (slot,)
-        return pltpu.make_async_copy(self.hbm.at[(row, *source)], self.vmem.at[(*lead, *place)], self.sem.at[slot])
+        place[self.axis] = pl.ds(pl.multiple_of(at * plan.piece, plan.piece), plan.piece)
+        return pltpu.make_async_copy(self.hbm.at[(row, *source)], self.vmem.at[(slot, *place)], self.sem.at[slot])
 
     def load(self, plan: Plan, slot: Any, head: int, part: int):
         """Keys [part sub, (part + 1) sub) of one head: [sub, dim], [dim, sub], or scales [1, sub]."""
         scale = len(self.hbm.shape) == 3
         index = [slice(head, head + 1) if scale else head] + [slice(None)] * (1 if scale else 2)
-        if plan.apart:
-            return self.vmem[(slot, part, *index)]
         index[self.axis] = pl.ds(part * plan.sub, plan.sub)
         return self.vmem[(slot, *index)]
 

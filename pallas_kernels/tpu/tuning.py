@@ -45,8 +45,8 @@ class Plan:
 
     A step of the grid serves one row of the batch, one of `chunks` shares of the heads and one of `splits` shares of
     the keys: `groups` groups of `rows` padded query rows, over `k_heads` and `v_heads`. `pieces` pieces of `piece`
-    keys are a block, of which `buffers` are held; scores are computed `sub` keys at a time. `apart`: pieces lie apart
-    in a buffer, because they are no whole tile of lanes. `cores`: shares of the work that may run on two cores.
+    keys are a block, of which `buffers` are held; scores are computed `sub` keys at a time.
+    `cores`: shares of the work that may run on two cores.
     """
 
     chunks: int
@@ -58,7 +58,6 @@ class Plan:
     pieces: int
     buffers: int
     sub: int
-    apart: bool
     splits: int
     cores: int
 
@@ -109,27 +108,21 @@ def choose(p: Problem) -> Plan:
     pieces = max(1, min(keys, round_up(p.slots, LANES)) // piece)
     if piece % LANES:
         pieces = round_up(pieces, LANES // math.gcd(piece, LANES))
-    in_lanes = p.k_lanes or (p.v_lanes and not p.view) or min(bits(p.k_dtype), bits(p.v_dtype)) <= 8
-    apart = piece % LANES > 0 and in_lanes
-    sub = piece
-    if not apart:
-        block, most = piece * pieces, max(SCORES // rows, LANES)
-        sub = max(n for n in range(LANES, block + 1, LANES) if block % n == 0 and n <= most)
+    block, most = piece * pieces, max(SCORES // rows, LANES)
+    sub = max(n for n in range(LANES, block + 1, LANES) if block % n == 0 and n <= most)
     splits = p.options.splits
     if not splits:  # two cores of a chip share a single row
         splits = 2 if p.batch * chunks % 2 and p.slots >= 4 * piece * pieces else 1
     cores = 1 if p.batch * chunks * splits % 2 else 2
-    return Plan(chunks, k_heads, v_heads, p.groups // chunks, rows, piece, pieces, BUFFERS, sub, apart, splits, cores)
+    return Plan(chunks, k_heads, v_heads, p.groups // chunks, rows, piece, pieces, BUFFERS, sub, splits, cores)
 
 
 def buffer_shapes(p: Problem, plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes in VMEM of the buffers of K, V, K's scales and V's scales."""
 
     def shape(heads: int, dim: int, lanes: bool) -> tuple[int, ...]:
-        keys = plan.piece if plan.apart else plan.block
-        lead = (plan.buffers, plan.pieces) if plan.apart else (plan.buffers,)
-        tile = (keys,) if not dim else (dim, keys) if lanes else (keys, dim)
-        return (*lead, heads, *tile)
+        tile = (plan.block,) if not dim else (dim, plan.block) if lanes else (plan.block, dim)
+        return (plan.buffers, heads, *tile)
 
     return (
         shape(plan.k_heads, p.key_dim, p.k_lanes), shape(plan.v_heads, p.value_dim, p.v_lanes),
