@@ -20,9 +20,9 @@ from pallas_kernels.gpu.quantised_body import Plan
 from pallas_kernels.shapes import LOG2E, blocks, heads_of, round_up, row_positions, rows_of, stats_of
 
 SMEM_LIMIT = 232448  # bytes a block can have on Hopper
-SMEM_WANTED = 74 * 1024  # three blocks an SM, each one warpgroup
+SMEM_CORE = 233472  # bytes of a multiprocessor; each block costs 1024 besides its own
 MULTIPROCESSORS = 132
-REDUCTION_BYTES = 6144
+REDUCTION_BYTES = 2048
 DTYPES = tuple(codes.LIMITS)
 
 
@@ -52,16 +52,28 @@ def plan_of(p: Problem, kv: KV, interpreted: bool) -> Plan:
     rows = round_up(-(-p.rows // chunks), 8)
     fits = p.slots % 128 == 0 and (not p.page or p.page % 128 == 0 or p.page == 64)
     keys = 128 if fits and rows <= 16 else 64
-    width = codes.bits(p.k_dtype) * (p.key_dim + p.value_dim) // 8
-    stage = keys * (width + 4 * k_scaled + 4 * v_scaled)
-    fixed = rows * 2 * (p.key_dim + keys) + REDUCTION_BYTES
-    stages = max(2, min(4, (SMEM_WANTED - fixed) // stage))
+    width = codes.bits(p.k_dtype) * (p.key_dim + p.value_dim) // 8 + 4 * k_scaled + 4 * v_scaled
+    fixed = rows * 2 * (p.key_dim + keys) + REDUCTION_BYTES + 1024
+    resident = 3 if rows <= 8 else 2
+    stages = max(2, min(4, (SMEM_CORE // resident - fixed - 1024) // (keys * width)))
     window = p.options.window if not p.ring else 0
     read = min(p.slots, window + p.options.sinks + p.tokens) if window else p.slots
-    wanted = -(-MULTIPROCESSORS * 3 * 4 // (p.batch * p.groups * chunks))  # four waves of three blocks an SM
-    splits = p.options.splits or max(1, min(wanted, read // 512, 64))
+    lanes = p.batch * p.groups * chunks
+    splits = p.options.splits or split_count(-(-read // keys), lanes, resident, keys * width, rows * p.value_dim * 4)
     sink_blocks = -(-min(p.options.sinks, p.slots) // keys) if window else 0
     return Plan(p, keys, rows, chunks, stages, splits, k_scaled, v_scaled, sink_blocks, kv.ring_sinks, interpreted)
+
+
+def split_count(tiles: int, lanes: int, resident: int, tile_bytes: int, part_bytes: int) -> int:
+    """Splits of `tiles` that take the least time by this count: blocks run in waves of `resident` a multiprocessor,
+    each reads its tiles after the time of one and a half to fill the pipeline; partial results are moved three times."""
+    held, best = MULTIPROCESSORS * resident, None
+    for splits in range(1, max(1, tiles // 2) + 1):
+        time = -(-lanes * splits // held) * held * (-(-tiles // splits) + 1.5) * tile_bytes
+        time += (splits > 1) * 3 * splits * lanes * part_bytes
+        if best is None or time < best[0]:
+            best = time, splits
+    return best[1]
 
 
 def row_power(q: jax.Array) -> jax.Array:
@@ -118,9 +130,21 @@ def run(q: jax.Array, kv: KV, positions: jax.Array, p: Problem, interpret) -> Pa
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
         interpret=interpret_params(interpret),
     )(*given.values())
-    whole = (plan.splits, p.batch, p.groups, plan.chunks * plan.rows)
-    acc = acc.swapaxes(-1, -2).reshape(*whole, p.value_dim)
-    return combine(heads_of(acc, p), stats_of(top.reshape(whole), p), stats_of(total.reshape(whole), p))
+    return join(acc, top, total, plan)
+
+
+def join(acc: jax.Array, top: jax.Array, total: jax.Array, plan: Plan) -> Partial:
+    """acc[splits,B,lanes,V,rows], top and total[splits,B,lanes,rows] -> Partial; only what is joined is transposed."""
+    p = plan.p
+
+    def one(column):
+        return combine(column[..., None], top, total).out[..., 0]
+
+    out = jax.vmap(one, in_axes=-2, out_axes=-2)(acc).swapaxes(-1, -2)
+    joined = combine(jnp.zeros((*top.shape, 1), jnp.float32), top, total)
+    whole = (p.batch, p.groups, plan.chunks * plan.rows)
+    return Partial(heads_of(out.reshape(*whole, p.value_dim), p),
+                   stats_of(joined.max.reshape(whole), p), stats_of(joined.sum.reshape(whole), p))
 
 
 def interpret_params(interpret):

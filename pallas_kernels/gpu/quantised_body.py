@@ -74,9 +74,9 @@ def parts(dim: int) -> tuple[int, ...]:
 
 
 def tiled(shape: tuple[int, ...], dtype):
-    """Shared memory laid out for TMA and matmuls."""
+    """Shared memory laid out for TMA and matmuls, in tiles of at most 128 columns so that parts of 128 can be cut."""
     width = bits(dtype)
-    swizzle = plgpu.find_swizzle(shape[-1] * width)
+    swizzle = plgpu.find_swizzle(min(shape[-1], 128) * width)
     transforms = (plgpu.TilingTransform((8, swizzle * 8 // width)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -93,8 +93,8 @@ def scratch(plan: Plan) -> dict:
     if plan.v_scaled:
         held["v_scale_smem"] = plgpu.SMEM((n, plan.keys), jnp.float32)
     if plan.interpreted:
-        held["k_wide"] = tiled((plan.keys, p.key_dim), plan.q_dtype)
-        held["v_wide"] = tiled((p.value_dim, plan.keys // plan.pages), plan.p_dtype)
+        held["k_wide"] = tiled((plan.keys, parts(p.key_dim)[0]), plan.q_dtype)
+        held["v_wide"] = tiled((parts(p.value_dim)[0], plan.keys // plan.pages), plan.p_dtype)
     held["q_ready"] = plgpu.Barrier()
     held["k_ready"] = plgpu.Barrier(num_arrivals=plan.pages * (1 + plan.k_scaled), num_barriers=n)
     held["v_ready"] = plgpu.Barrier(num_arrivals=plan.pages * (1 + plan.v_scaled), num_barriers=n)
