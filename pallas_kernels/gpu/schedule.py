@@ -66,25 +66,36 @@ def slots(rows: int, workers: int) -> int:
 
 
 def merge(acc: jax.Array, top: jax.Array, total: jax.Array, count: jax.Array, groups: int, workers: int):
-    """Joins the slots of `even`: acc[slots,R,V], top and total[slots,R] (see `contract.combine`; slots of no row hold
-    anything) -> the same of one split, [B J,...]: weights are relative to the largest top of the row."""
+    """Joins the slots of `even`: acc[turns,slots,R,V], top and total[turns,slots,R] (see `contract.combine`; slots of
+    no row hold anything) -> the same with [turns,B J,...]."""
+    slot = jnp.arange(acc.shape[1], dtype=jnp.int32)
     rows = count.shape[0] * groups
+    row, used = rows_of_slots(slot, count, groups, workers)
+
+    def one(acc, top, total):
+        total = jnp.where(used[:, None], total, 0.0)
+        top = jnp.where(total > 0, top, NEGATIVE)
+        best = jax.ops.segment_max(top, row, rows, indices_are_sorted=True)
+        best = jnp.maximum(best, NEGATIVE)  # -inf where a row has no slot
+        weight = jnp.where(total > 0, jnp.exp2(top - best[row]), 0.0)
+        held = jnp.where(used[:, None, None], acc, 0.0) * weight[..., None]
+        return tuple(jax.ops.segment_sum(x, row, rows, indices_are_sorted=True) for x in (held, weight * total)), best
+
+    (out, joined), best = jax.vmap(one)(acc, top, total)
+    return out, best, joined
+
+
+def rows_of_slots(slot: jax.Array, count: jax.Array, groups: int, workers: int) -> tuple[jax.Array, jax.Array]:
+    """(row, used) of each slot: worker w wrote slot row + w if it took steps of that row, and only workers from the one
+    with the row's first step to the one with its last did."""
     each = jnp.repeat(count, groups)
-    whole = jnp.maximum(groups * count.sum(), 1)
-    ends = jnp.cumsum(each)
+    whole, ends = jnp.maximum(groups * count.sum(), 1), jnp.cumsum(each)
+    index = jnp.arange(each.shape[0], dtype=jnp.int32)
 
     def worker_of(step):
         return ((step + 1) * workers - 1) // whole
 
-    first = jnp.arange(rows, dtype=jnp.int32) + worker_of(jnp.minimum(ends - each, whole - 1))
-    last = jnp.where(each > 0, jnp.arange(rows, dtype=jnp.int32) + worker_of(ends - 1), -1)
-    slot = jnp.arange(acc.shape[0], dtype=jnp.int32)
+    first = index + worker_of(jnp.minimum(ends - each, whole - 1))
+    last = jnp.where(each > 0, index + worker_of(ends - 1), -1)
     row = jnp.maximum((first[None, :] <= slot[:, None]).sum(1, dtype=jnp.int32) - 1, 0)
-    used = ((slot >= first[row]) & (slot <= last[row]))[:, None]
-    used = used & (jnp.where(used, total, 0.0) > 0)
-    best = jax.ops.segment_max(jnp.where(used, top, NEGATIVE), row, rows, indices_are_sorted=True)
-    best = jnp.maximum(best, NEGATIVE)  # -inf where a row has no slot
-    weight = jnp.where(used, jnp.exp2(jnp.where(used, top, NEGATIVE) - best[row]), 0.0)
-    joined = jax.ops.segment_sum(weight * jnp.where(used, total, 0.0), row, rows, indices_are_sorted=True)
-    held = jnp.where(used[..., None], acc, 0.0) * weight[..., None]
-    return jax.ops.segment_sum(held, row, rows, indices_are_sorted=True), best, joined
+    return row, (slot >= first[row]) & (slot <= last[row])
