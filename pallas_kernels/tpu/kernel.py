@@ -240,7 +240,7 @@ def _attend(p: Problem, plan: Plan, streams, slot: Any, part: int, keep: Any, q,
 
 def _compute(query: Any, held: Any) -> Any:
     """dtype of the products: codes are cast to q's, floats to the wider of the two."""
-    return query if bits(held) <= 8 else jnp.promote_types(query, held)
+    return query if bits(held) <= bits(query) else held
 
 
 def _dot(a: Any, b: Any, transposed: bool) -> Any:
