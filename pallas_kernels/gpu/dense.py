@@ -290,15 +290,16 @@ def keys_of(plan: Plan, item: Item, block):
 def mask(plan: Plan, item: Item, keys, at):
     """bool [64,block]: does the row at position at[64] see each key of `keys_of`?"""
     o, shape = plan.p.options, (ROWS, plan.block)
+    newest, oldest = at, at - o.window
     if plan.p.ring:
-        seen, key = lax.broadcast_in_dim(keys, shape, (1,)) <= spread(at, shape), keys
-    else:
-        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA) + keys
-        seen = key <= spread(jnp.minimum(at, item.length - 1), shape)
+        key, sinks = lax.broadcast_in_dim(keys, shape, (1,)), o.sinks
+    else:  # counted from the block's first slot: columns are constants
+        key, sinks = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA), o.sinks - keys
+        newest, oldest = jnp.minimum(at, item.length - 1) - keys, oldest - keys
+    seen = key <= spread(newest, shape)
     if o.window:
-        near = jnp.where(key < o.sinks, BEYOND, key) if o.sinks else key
-        near = lax.broadcast_in_dim(near, shape, (1,)) if plan.p.ring else near
-        seen = seen & (near > spread(at - o.window, shape))
+        near = key > spread(oldest, shape)
+        seen = seen & (near | (key < sinks) if o.sinks else near)
     return seen
 
 
