@@ -96,7 +96,8 @@ class ModelConfig:
     embed_scale: float = 1.0  # Gemma: sqrt(D)
     logit_soft_cap: float = 0.0
     # execution
-    kernel: str = "xla"  # axis E: key of kvattn.attention.dispatch.KERNELS
+    kernel: str = "xla"  # axis E, a pass's own tokens (training, first prefill): xla | cudnn | splash | tokamax
+    decode_kernel: str = "xla"  # axis E, up to 16 tokens over a cache: xla | mosaic_tpu | mosaic_gpu
     scan_layers: bool = False
     remat: str = "none"  # none | dots | full
 

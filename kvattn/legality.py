@@ -42,6 +42,7 @@ def _at_least(config: Any, section: str, **bounds: float) -> None:
 def check_model(c: Any) -> None:
     from kvattn.attention import VARIANTS
     from kvattn.attention.dispatch import KERNELS
+    from kvattn.attention.step import DECODERS
 
     for name in _POSITIVE:
         _need(getattr(c, name) > 0, f"model.{name} is {getattr(c, name)}; it must be positive.")
@@ -49,6 +50,7 @@ def check_model(c: Any) -> None:
         _choice(getattr(c, name), valid, f"model.{name}")
     _choice(c.variant, tuple(VARIANTS), "model.variant")
     _choice(c.kernel, tuple(KERNELS), "model.kernel")
+    _choice(c.decode_kernel, DECODERS, "model.decode_kernel")
     for name in ("n_k_heads", "n_v_heads"):
         heads = getattr(c, name)
         _need(c.n_heads % heads == 0, f"model.{name} is {heads}; it must divide model.n_heads = {c.n_heads}.")
@@ -145,9 +147,6 @@ def check_model_cache(model: Any, cache: Any) -> None:
           "cache.layout is 'v_lanes' but model.tied_kv leaves no V of its own; use rows or lanes.")
     _need(not model.tied_kv or cache.key_scale != "channel",
           "cache.key_scale is 'channel' but with model.tied_kv the key is also the value; use token.")
-    _need(model.kernel != "cudnn" or (cache.dtype not in _CODES and cache.layout == "rows"),
-          f"model.kernel is 'cudnn' with cache.dtype {cache.dtype!r} and cache.layout {cache.layout!r}; it reads "
-          "rows of float32 or bfloat16, use those or kernel xla.")
     for owner in model.owners:
         if cache.kinds[owner % len(cache.kinds)] != "ring":
             continue
@@ -155,6 +154,11 @@ def check_model_cache(model: Any, cache: Any) -> None:
             _need(model.mask(reader).window > 0,
                   f"cache.kinds gives layer {owner} a ring but layer {reader}, which reads it, has no window; "
                   "use full or by_mask, or set model.masks.")
+    if model.decode_kernel != "xla":
+        from kvattn.attention.step import reason_against
+
+        reason = reason_against(model, cache)
+        _need(reason is None, f"model.decode_kernel is {model.decode_kernel!r}, which cannot read this cache: {reason}")
 
 
 def check_mesh(c: Any) -> None:

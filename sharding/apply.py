@@ -345,6 +345,12 @@ def _rows(table: Any, tokens: jax.Array) -> jax.Array:
 # --- kernels -----------------------------------------------------------------------------------------------
 
 
+def partitioned() -> bool:
+    """Whether the compiler partitions what is being traced over several chips."""
+    active = _ACTIVE.get()
+    return active is not None and active.overlap is None and active.mesh.size > 1
+
+
 def per_chip(f: Callable, have: tuple[Names, ...], want: Any) -> Callable:
     """f on each chip's part, for kernels that a compiler cannot partition. `have`: logical axes of each argument,
     `want`: of the result (a tree of them). Without a context, and in manual code, f itself."""

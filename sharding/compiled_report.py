@@ -60,7 +60,7 @@ class CompiledReport:
     mesh: tuple[int, int, int]
     memory: Memory
     collectives: tuple[CollectiveSum, ...]
-    cycles: dict[str, float]  # compute, copy, collective
+    cycles: dict[str, float]  # compute, copy, collective; kernel (Pallas) at its operands' bytes / HBM bandwidth
     prefetched_bytes: float
     flops: float  # matmuls
     seconds: float
@@ -125,7 +125,8 @@ def report(
     Raises ShardingError where the program is for another number of devices.
     """
     analysis = analyse(compiled.as_text(), dict(zip(topology.AXES, mesh)))
-    cycles, plan = analysis.cycles(), compiled.memory_analysis()
+    plan, second = compiled.memory_analysis(), slice_.chip.hbm_bandwidth / slice_.chip.devices_per_chip
+    cycles = {**analysis.cycles(), "kernel": analysis.kernel_bytes() / second * calibration.clock}
     return CompiledReport(
         slice=slice_.name,
         mesh=tuple(mesh),

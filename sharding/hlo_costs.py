@@ -26,7 +26,7 @@ class Operation:
 
     name: str
     op: str
-    kind: str  # compute | copy | collective | prefetch
+    kind: str  # compute | copy | collective | prefetch | kernel (Pallas: no cycles from the compiler)
     cycles: int
     runs: float
     read: int
@@ -56,6 +56,10 @@ class Analysis:
             if o.kind in totals:
                 totals[o.kind] += o.cycles * o.runs
         return totals
+
+    def kernel_bytes(self) -> float:
+        """Bytes that Pallas kernels are given and write: their floor, as the compiler estimates no cycles for them."""
+        return sum((o.read + o.written) * o.runs for o in self.operations if o.kind == "kernel")
 
     def prefetched_bytes(self) -> float:
         """Bytes moved by asynchronous copies, of which the compiler gives no cycles."""
@@ -137,6 +141,8 @@ def _kind(module: hlo.Module, instruction: hlo.Instruction, flops: int) -> str:
         return "prefetch"
     if instruction.op in COPIES:
         return "copy"
+    if instruction.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.attributes:
+        return "kernel"
     if instruction.op == "fusion" and not flops:
         body = module.computations[instruction.attribute("calls")]
         inside = {i.op for _, i in module.inside(body)}

@@ -102,7 +102,7 @@ def test_cudnn_off_a_gpu_raises():
     cfg = tiny.config(kernel="cudnn", head_dim=8, v_head_dim=8)
     config.validate(cfg)
     params = model.init(jax.random.key(0), cfg)
-    with pytest.raises(UserError, match="platform is cpu"):
+    with pytest.raises(UserError, match="a kernel for gpu, and this is a cpu"):
         model.forward(params, cfg, model.Inputs(jnp.zeros((1, 3), jnp.int32)))
 
 

@@ -80,7 +80,7 @@ ILLEGAL = {
     "model.kv_source": ((0, 1), "model.kv_source"),
     "model.masks": ((), "model.masks"),
     "model.ropes": ((), "model.ropes"),
-    "cache.kinds": (("paged",), "cache.kinds"),
+    "cache.kinds": (("pages",), "cache.kinds"),
     "cache.dtype": ("float16", "cache.dtype"),
     "cache.capacity": (-1, "cache.capacity"),
     "mesh.data": (0, "mesh.data"),

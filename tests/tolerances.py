@@ -25,6 +25,10 @@ F32_GRAD = Tolerance(1e-4, 1e-3, "float32 gradients: two passes, reductions over
 F32_SHARDED = Tolerance(1e-4, 1e-4, "the same float32 sums split over 8 devices and reduced in another order")
 LOSS_SHARDED = Tolerance(2e-5, 2e-5, "a mean over hundreds of float32 tokens, several optimizer steps in")
 BF16_CACHE = Tolerance(5e-2, 5e-2, "K and V rounded to bfloat16 (8 bits) at unit scale, a few layers deep")
+CODES_STEP = Tolerance(0.0, 5e-3, "relative RMS: float32 noise moves a value over a rounding edge")
+INT8_CACHE = Tolerance(0.0, 5e-2, "relative RMS of logits, random weights: K and V within 1/254 of a token's largest")
+FP8_CACHE = Tolerance(0.0, 2e-1, "relative RMS of logits: K and V in 3 bits of mantissa, random weights")
+INT4_CACHE = Tolerance(0.0, 6e-1, "relative RMS of logits: K and V within 1/14 of each token's largest, random weights")
 BF16_MODEL = Tolerance(1e-1, 1e-1, "bfloat16 activations throughout, a few layers deep")
 HF_TINY = Tolerance(1e-4, 1e-4, "acceptance: random-weight transformers models, float32, prefill and decode")
 HF_SMOLLM2 = Tolerance(2e-3, 2e-3, "acceptance: SmolLM2-135M on 512 tokens against transformers, logits up to ~30")
@@ -34,6 +38,7 @@ AOT_LOOP = Tolerance(0.0, 3e-2, "estimated cycles: a scan's entry and exit copie
 AOT_CLOCK = Tolerance(0.0, 3e-2, "a matmul of another shape than the one the clock was calibrated on")
 KERNEL_BF16 = Tolerance(1e-2, 1e-2, "probabilities rounded to bfloat16 before the second matmul; float32 sums")
 KERNEL_F16 = Tolerance(2e-3, 2e-3, "probabilities rounded to float16 before the second matmul; float32 sums")
+KERNEL_MODEL = Tolerance(5e-2, 5e-2, "a bfloat16 model of two layers, probabilities rounded at another place")
 KERNEL_STATS = Tolerance(1e-3, 5e-3, "max and sum of the softmax, float32, of bfloat16 products; exp2 for exp")
 
 

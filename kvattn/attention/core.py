@@ -5,23 +5,12 @@ results, so chunks, pages, sequence shards and shared prefixes all use the same 
     m = max(m1, m2);  l = l1 e^(m1-m) + l2 e^(m2-m);  out = (out1 l1 e^(m1-m) + out2 l2 e^(m2-m)) / l
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from kvattn.layers import soft_cap
-from pallas_kernels import Leaf
-
-NEGATIVE = -1e30  # finite, so that a row with nothing visible has max NEGATIVE and sum 0, never NaN
-
-
-class Partial(NamedTuple):
-    """out[B,T,N,V] float32 (normalised by its own sum), max and sum [B,T,N] float32."""
-
-    out: jax.Array
-    max: jax.Array
-    sum: jax.Array
+from pallas_kernels import Leaf, Partial
+from pallas_kernels.contract import NEGATIVE
 
 
 def attend_partial(

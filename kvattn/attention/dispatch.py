@@ -1,17 +1,21 @@
-"""Axis E: what computes attention. A kernel is chosen by name; what it cannot serve raises, with the reason.
+"""Axis E: what computes attention. Kernels are chosen by name; what one cannot serve raises, with the reason.
 
-A kernel has `supports(cfg) -> reason or None`, checked when the config is validated, and
-`run(q, segments, ...) -> [B,T,N,V]` over the (k, v, mask) segments of a view.
+    model.kernel          a pass's own tokens (training, first prefill): KERNELS, see flash.py
+    model.decode_kernel   a pass of at most STEP_TOKENS tokens over a cache: DECODERS, see step.py and pallas_kernels/
+
+A longer chunk of a prefill, over a cache that holds tokens already, is computed by xla: the reference, in blocks.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kvattn.attention import flash
 from kvattn.attention.core import Partial, attend_partial, merge
+from kvattn.attention.step import STEP_TOKENS, step
 from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.masks import Tokens
@@ -41,23 +45,40 @@ class Operand(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
+    """`supports(cfg)` -> None or why not, asked when a config is validated; run(cfg, layer, q, q_tokens, op) of the
+    pass's own tokens -> [B,T,N,V], None for the reference."""
+
     supports: Callable[[ModelConfig], str | None]
-    run: Callable[..., jax.Array]
+    run: Callable[..., jax.Array] | None
 
 
 def attention(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operands: list[Operand]) -> jax.Array:
-    """Attention of one layer with the kernel that cfg names: [B,T,N,V] in q's dtype."""
-    return KERNELS[cfg.kernel].run(cfg, layer, q, q_tokens, operands).astype(q.dtype)
+    """Attention of one layer with the kernels that cfg names: [B,T,N,V] in q's dtype."""
+    own = KERNELS[cfg.kernel].run
+    if own is not None and not any(op.split for op in operands):
+        return own(cfg, layer, q, q_tokens, *operands).astype(q.dtype)
+    return _merged(cfg, layer, q, q_tokens, operands).astype(q.dtype)
 
 
-def _xla(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operands: list[Operand]) -> jax.Array:
-    """The reference. Under differentiation the scores are recomputed, not kept: O(T) memory per head kept."""
+def _merged(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operands: list[Operand]) -> jax.Array:
+    """Each operand by the reference, or a cache by the decode kernel, joined. Under differentiation the reference's
+    scores are recomputed, not kept: O(T) memory per head kept."""
 
     @recompute(lambda cotangent: cotangent.out[..., :1])
     def partial(q, kv, mask):
         return attend_partial(q, *kv, mask, scale=cfg.scale, cap=cfg.attn_soft_cap)
 
-    together = merge([_in_blocks(partial, q, op) for op in operands])
+    kernel = cfg.decode_kernel != "xla" and q.shape[1] <= STEP_TOKENS
+    parts = []
+    for op in operands:
+        if kernel and op.split:
+            if op.kv is None:
+                raise UserError(f"model.decode_kernel is {cfg.decode_kernel!r} and keys are made from what is stored "
+                                "(tied K = V); use xla.")
+            parts.append(step(cfg, layer, q, q_tokens.positions, op.kv))
+        else:
+            parts.append(_in_blocks(partial, q, op))
+    together = merge(parts)
     if not any(op.split for op in operands):
         return together.out
     if len(operands) > 1 and whole("cache_length", 1) > 1:
@@ -96,45 +117,9 @@ _STATS = ("attn_batch", "act_length", "attn_heads", "act_head_dim")
 _OUT = ("attn_batch", "act_length", "attn_out_heads", "act_head_dim")
 
 
-def _cudnn_supports(cfg: ModelConfig) -> str | None:
-    if cfg.n_k_heads != cfg.n_v_heads or cfg.head_dim != cfg.v_head_dim:
-        return "cuDNN needs K and V of equal heads and width"
-    if cfg.attn_soft_cap:
-        return "cuDNN has no attention soft cap"
-    if any(mask.sinks for mask in cfg.masks):
-        return "cuDNN has no attention sinks"
-    if cfg.head_dim % 8 or cfg.head_dim > 256:
-        return f"cuDNN needs head_dim divisible by 8 and at most 256, not {cfg.head_dim}"
-    return None
-
-
-def _cudnn(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operands: list[Operand]) -> jax.Array:
-    """cuDNN flash attention: one segment, bf16 or f16, queries that either start at position 0 or are one token."""
-    if jax.default_backend() != "gpu":
-        raise UserError(f"model.kernel is 'cudnn' but the platform is {jax.default_backend()}; use xla.")
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise UserError(f"model.kernel is 'cudnn' with {q.dtype} activations; use bfloat16 or kernel xla.")
-    if len(operands) != 1 or q_tokens.segments is not None:
-        raise UserError("model.kernel is 'cudnn', which has no packed segments and no chunked ring prefill; use xla.")
-    op, length = operands[0], q.shape[1]
-    if isinstance(op.k, Leaf) or isinstance(op.v, Leaf):
-        raise UserError("model.kernel is 'cudnn', which reads rows of bfloat16; use cache.dtype bfloat16 with "
-                        "cache.layout rows, or kernel xla.")
-    k, v = op.k.swapaxes(1, 2), op.v.swapaxes(1, 2)  # cuDNN's layout is [B,S,K,H]
-    if length == 1:
-        bias_mask = op.mask[:, None, :, :]
-        return jax.nn.dot_product_attention(q, k, v, mask=bias_mask, scale=cfg.scale, implementation="cudnn")
-    if length != op.k.shape[2]:
-        raise UserError("model.kernel is 'cudnn', which prefills from an empty cache only; use xla for chunks.")
-    window = cfg.mask(layer).window
-    lengths = (op.tokens.positions >= 0).sum(1, dtype=jnp.int32)
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=cfg.scale, is_causal=True, key_value_seq_lengths=lengths, query_seq_lengths=lengths,
-        local_window_size=(window - 1, 0) if window else None, implementation="cudnn",
-    )
-
-
-KERNELS: dict[str, Any] = {
-    "xla": Kernel(lambda cfg: None, _xla),
-    "cudnn": Kernel(_cudnn_supports, _cudnn),
+KERNELS: dict[str, Kernel] = {
+    "xla": Kernel(lambda cfg: None, None),
+    "cudnn": Kernel(flash.cudnn_supports, flash.cudnn),
+    "splash": Kernel(flash.splash_supports, flash.splash),
+    "tokamax": Kernel(flash.tokamax_supports, flash.tokamax),
 }
