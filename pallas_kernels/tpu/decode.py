@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.codes import bits
 from pallas_kernels.contract import KV, KernelError, Partial, Problem, combine
 from pallas_kernels.shapes import Blocks, blocks, heads_of, row_positions, rows_of, split_range, stats_of
 from pallas_kernels.tpu import tuning
@@ -31,9 +30,8 @@ def supports(p: Problem) -> str | None:
             return f"{name} is held in {dtype} and it reads {', '.join(STORES)}"
     if p.page and (p.page < tuning.SMALLEST_PAGE or p.page % tuning.SMALLEST_PAGE):
         return f"a page of {p.page} tokens is one copy, which must be a multiple of {tuning.SMALLEST_PAGE} tokens"
-    lanes = p.k_lanes or (p.v_lanes and not p.view) or min(bits(p.k_dtype), bits(p.v_dtype)) <= 8
-    if p.page % LANES and lanes:
-        return f"pages of {p.page} tokens along lanes (scales lie so too) leave tiles of {LANES} lanes part empty"
+    if p.page % LANES and (p.k_lanes or p.v_lanes):
+        return f"pages of {p.page} tokens along lanes leave tiles of {LANES} lanes part empty; take rows or {LANES}"
     if not p.page and p.slots % LANES:
         return f"{p.slots} slots are no multiple of {LANES}"
     plan = tuning.choose(p)

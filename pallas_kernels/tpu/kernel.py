@@ -51,6 +51,11 @@ class Stream:
     axis: int  # of the tokens, counted from the heads: 1 (rows, scales) or 2 (lanes)
     sem: Any  # [buffers]
 
+    @property
+    def apart(self) -> bool:
+        """Whether pieces lie apart in a buffer: scales of pages that fill no whole tile of lanes."""
+        return len(self.vmem.shape) > len(self.hbm.shape)
+
     def copy(self, p: Problem, plan: Plan, row: Any, chunk: Any, offset: Any, slot: Any, at: Any):
         """The copy of one piece into place `at` of buffer `slot`. `row` is the row of the batch, or the page."""
         every = slice(None)
@@ -60,12 +65,18 @@ class Stream:
         if not p.page:
             source[self.axis] = pl.ds(pl.multiple_of(offset, LANES), plan.piece)
         place = [every] * rank
-        place[self.axis] = pl.ds(pl.multiple_of(at * plan.piece, plan.piece), plan.piece)
+        if self.apart:
+            place = [at, *place]
+        else:
+            place[self.axis] = pl.ds(pl.multiple_of(at * plan.piece, plan.piece), plan.piece)
         return pltpu.make_async_copy(self.hbm.at[(row, *source)], self.vmem.at[(slot, *place)], self.sem.at[slot])
 
     def load(self, plan: Plan, slot: Any, head: int, part: int):
         """Keys [part sub, (part + 1) sub) of one head: [sub, dim], [dim, sub], or scales [1, sub]."""
         scale = len(self.hbm.shape) == 3
+        if self.apart:
+            pieces = range(part * plan.sub // plan.piece, (part + 1) * plan.sub // plan.piece)
+            return jnp.concatenate([self.vmem[slot, at, head : head + 1] for at in pieces], axis=1)
         index = [slice(head, head + 1) if scale else head] + [slice(None)] * (1 if scale else 2)
         index[self.axis] = pl.ds(part * plan.sub, plan.sub)
         return self.vmem[(slot, *index)]

@@ -121,8 +121,11 @@ def buffer_shapes(p: Problem, plan: Plan) -> tuple[tuple[int, ...], tuple[int, .
     """Shapes in VMEM of the buffers of K, V, K's scales and V's scales."""
 
     def shape(heads: int, dim: int, lanes: bool) -> tuple[int, ...]:
-        tile = (plan.block,) if not dim else (dim, plan.block) if lanes else (plan.block, dim)
-        return (plan.buffers, heads, *tile)
+        if dim:
+            return plan.buffers, heads, *((dim, plan.block) if lanes else (plan.block, dim))
+        if plan.piece % LANES:
+            return plan.buffers, plan.pieces, heads, plan.piece
+        return plan.buffers, heads, plan.block
 
     return (
         shape(plan.k_heads, p.key_dim, p.k_lanes), shape(plan.v_heads, p.value_dim, p.v_lanes),
