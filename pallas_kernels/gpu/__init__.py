@@ -10,7 +10,7 @@ import jax
 
 from pallas_kernels.codes import bits
 from pallas_kernels.contract import KV, Partial, Problem
-from pallas_kernels.gpu import _api, dense, quantised
+from pallas_kernels.gpu import _api, dense, latent, quantised
 
 AVAILABLE = _api.AVAILABLE
 
@@ -19,7 +19,7 @@ def kernel_of(p: Problem) -> Any:
     """The module that serves stores of this kind."""
     if bits(p.k_dtype) <= 8 or bits(p.v_dtype) <= 8:
         return quantised
-    return dense
+    return latent if p.view else dense
 
 
 def supports(p: Problem) -> str | None:
