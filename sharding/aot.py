@@ -69,10 +69,11 @@ def _compile(job: dict) -> CompiledReport:
     module, _, function = job["target"].partition(":")
     program = getattr(importlib.import_module(module), function)(mesh, **job["kwargs"])
     start = time.perf_counter()
-    if hasattr(program, "lower"):
-        lowered = program.lower(free_layouts=True)
-    else:
-        lowered = jax.jit(program.fn, donate_argnums=program.donate_argnums).lower(*program.args)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it which TPU it lowers for
+        if hasattr(program, "lower"):
+            lowered = program.lower(free_layouts=True)
+        else:
+            lowered = jax.jit(program.fn, donate_argnums=program.donate_argnums).lower(*program.args)
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     if job["hlo_path"]:

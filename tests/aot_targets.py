@@ -121,3 +121,35 @@ def decode_floor(mesh, *, model, cache, layout, batch, context, weights):
     cfg = sharded_jobs.padded(config.from_config_dict(model, config.ModelConfig), mesh.size)[0]
     store = config.from_config_dict(cache, config.CacheConfig)
     return sharded.build_floor(cfg, store, layout, mesh, batch=batch, context=context, weights=weights)
+
+
+def decode_loop(mesh, *, model: dict, cache: dict, batch: int, capacity: int):
+    """`kvattn.decode.advance` on one chip: the whole loop over tokens, its state donated."""
+    from kvattn import cache as caches
+    from kvattn import config, decode
+    from kvattn import model as model_lib
+    from kvattn.attention import target
+
+    cfg = config.from_config_dict(model, config.ModelConfig)
+    held = caches.specs(cfg, config.from_config_dict(cache, config.CacheConfig), batch, capacity)
+    state, sampler = jax.eval_shape(lambda held: loop_state(held, batch), held)
+    params = jax.eval_shape(lambda: model_lib.init(jax.random.key(0), cfg, jnp.bfloat16))
+    eos, until = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+
+    def fn(params, state, sampler, eos, until):
+        with target.of(mesh.devices.flat[0].platform):
+            return decode.advance(params, cfg, state, sampler, eos, until)
+
+    args = jax.tree.map(
+        lambda s: abstract(mesh, s.shape, dtype=s.dtype), (params, state, sampler, eos, until))
+    return Program(fn, args, donate_argnums=(1,))
+
+
+def loop_state(caches, batch: int):
+    """(decode.State, sampler) of a batch in the middle of greedy decoding."""
+    from kvattn import decode, sampling
+    from kvattn.config import DecodeConfig
+
+    row = jnp.zeros((batch,), jnp.int32)
+    state = decode.State(row, row, jnp.int32(1), jnp.zeros((batch, 16), jnp.int32), caches)
+    return state, sampling.create(DecodeConfig(), batch)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+LANES = 128  # of a TPU's tile
 ROW_WRITES = 8  # up to this batch one token is written row by row in place (on CPU); above, by one scatter
 
 Arrays = dict[str, jax.Array]
@@ -55,17 +56,22 @@ def _write_rows(axes: dict[str, int], held: Arrays, new: Arrays, rows: jax.Array
 
 def _write_loop(axes: dict[str, int], held: Arrays, new: Arrays, rows: jax.Array | None, slots: jax.Array) -> Arrays:
     """One token per row, by a read and a dynamic-update-slice of that token per row: a TPU does them in place in any
-    layout, where a scatter wants the cache in a layout of its own and copies it there and back."""
+    layout, where a scatter wants the cache in a layout of its own and copies it there and back. Where tokens lie along
+    lanes, the tile of 128 that holds the token is written: a column alone would turn an int8 or int4 cache round."""
     size = _size(held, axes)
 
     def write(b, held):
         out = {}
         for n, leaf in held.items():
+            slot, axis = jnp.minimum(slots[b, 0], size - 1), axes[n]
+            width = LANES if axis == leaf.ndim - 1 and size % LANES == 0 else 1  # whole tiles along lanes
             row = jax.lax.dynamic_slice_in_dim(new[n], b, 1, 0)
-            at = _at(leaf, axes[n], b if rows is None else rows[b, 0], jnp.minimum(slots[b, 0], size - 1))
-            old = jax.lax.dynamic_slice(leaf, at, row.shape)
-            new_leaf = jax.lax.dynamic_update_slice(leaf, jnp.where(slots[b, 0] < size, row, old), at)
-            out[n] = with_layout_constraint(new_leaf, Layout(tuple(range(leaf.ndim))))
+            at = _at(leaf, axis, b if rows is None else rows[b, 0], slot // width * width)
+            old = jax.lax.dynamic_slice(leaf, at, (*row.shape[:axis], width, *row.shape[axis + 1 :]))
+            here = jax.lax.broadcasted_iota(jnp.int32, old.shape, axis) == slot % width
+            changed = jnp.where(here & (slots[b, 0] < size), row, old)
+            changed = jax.lax.dynamic_update_slice(leaf, changed, at)
+            out[n] = with_layout_constraint(changed, Layout(tuple(range(leaf.ndim))))
         return out
 
     if slots.shape[0] > ROW_WRITES:
