@@ -7,11 +7,13 @@
 import dataclasses
 import functools
 
+import jax
 from jaxtyping import Array, Bool, Float, Float32, Int32, jaxtyped
 
 from kvattn import attention, model
 from kvattn.attention import dispatch, view
 from kvattn.cache import base
+from pallas_kernels import Leaf
 from sharding import apply
 
 
@@ -66,8 +68,8 @@ def _projection(p: attention.Projection) -> attention.Projection:
         k, v = p.expand(cfg, layer, stored, positions, dtype)
         with jaxtyped("context"):
             _is(positions, Int32[Array, "B S"], "positions")
-            _is(k, Float[Array, f"B {cfg.n_k_heads} S {cfg.head_dim}"], "k")
-            _is(v, Float[Array, f"B {cfg.n_v_heads} S {cfg.v_head_dim}"], "v")
+            _is_held(k, "B", cfg.n_k_heads, "S", cfg.head_dim, "k")
+            _is_held(v, "B", cfg.n_v_heads, "S", cfg.v_head_dim, "v")
         return k, v
 
     @functools.wraps(p.output)
@@ -81,6 +83,17 @@ def _projection(p: attention.Projection) -> attention.Projection:
     return dataclasses.replace(p, queries=queries, entries=entries, expand=expand, output=output)
 
 
+def _is_held(x, rows, heads, slots, dim, what):
+    """An array [rows, heads, slots, dim], or a Leaf of them with its scales."""
+    if not isinstance(x, Leaf):
+        return _is(x, Float[Array, f"{rows} {heads} {slots} {dim}"], what)
+    along = f"{dim} {slots}" if x.lanes else f"{slots} {dim}"
+    _is(x.values, Float[Array, f"{rows} {heads} {along}"], what)
+    if x.scale is not None:
+        per = f"1 {dim}" if x.channel else slots
+        _is(x.scale, Float32[Array, f"{rows} {heads} {per}"], f"{what}'s scales")
+
+
 def _attend(call):
     @functools.wraps(call)
     def attend_partial(q, k, v, mask, **rest):
@@ -88,14 +101,14 @@ def _attend(call):
         with jaxtyped("context"):
             for value, kind, what in (
                 (q, Float[Array, "B T N H"], "q"),
-                (k, Float[Array, "B K S H"], "k"),
-                (v, Float[Array, "B M S V"], "v"),
                 (mask, Bool[Array, "B T S"], "mask"),
                 (part.out, Float32[Array, "B T N V"], "out"),
                 (part.max, Float32[Array, "B T N"], "max"),
                 (part.sum, Float32[Array, "B T N"], "sum"),
             ):
                 _is(value, kind, what)
+            _is_held(k, "B", "K", "S", "H", "k")
+            _is_held(v, "B", "M", "S", "V", "v")
         return part
 
     return attend_partial
@@ -108,9 +121,10 @@ def _append(call):
         with jaxtyped("context"):
             _is(positions, Int32[Array, "B T"], "positions")
             _is(after.length, Int32[Array, "B"], "length")
-        for name, held in cache.entries.items():
-            new = after.entries[name]
-            assert (held.shape, held.dtype) == (new.shape, new.dtype), f"append changed {name}"
+        before, now = (jax.tree.flatten(c.entries) for c in (cache, after))
+        assert before[1] == now[1], "append changed the form of a leaf"
+        for held, new in zip(before[0], now[0], strict=True):
+            assert (held.shape, held.dtype) == (new.shape, new.dtype), "append changed a leaf"
         return after
 
     return append
