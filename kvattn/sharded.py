@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kvattn import cache as caches_lib
 from kvattn import model, spec
 from kvattn import weights as weights_lib
+from kvattn.attention import target
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.errors import UserError
 from pallas_kernels import Leaf
@@ -138,7 +139,7 @@ def build(
     everywhere = NamedSharding(mesh, PartitionSpec())
     places = (_places(params, axes, mesh, rules), everywhere, everywhere, _places(held, cache_axes, mesh, rules))
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-    step = functools.partial(_pass, cfg, phase == "prefill")
+    step = functools.partial(_pass, cfg, phase == "prefill", mesh.devices.flat[0].platform)
     if overlap == "compiler":
         fn = _compiler(step, mesh, rules, places[3])
     else:
@@ -185,10 +186,14 @@ def _under(axes: Any, cfg: ModelConfig) -> tuple[Any, ...]:
     return jax.tree.map(lambda a: _Axes(("layers", *a)), tuple(axes["layers"][: model.scan_period(cfg)]))
 
 
-def _pass(cfg: ModelConfig, fresh: bool, params: Any, tokens: jax.Array, positions: jax.Array, caches: Any):
-    """tokens, positions [B,T] (-1 = padding, on either side) -> (logits[B,W] at each row's last token, caches)."""
+def _pass(
+    cfg: ModelConfig, fresh: bool, platform: str, params: Any, tokens: jax.Array, positions: jax.Array, caches: Any
+):
+    """tokens, positions [B,T] (-1 = padding, on either side) -> (logits[B,W] at each row's last token, caches), for
+    chips of `platform`."""
     inputs = model.Inputs(tokens, positions, fresh=fresh)
-    x, caches, _ = model.hidden(params, cfg, inputs, caches=caches)
+    with target.default(platform):
+        x, caches, _ = model.hidden(params, cfg, inputs, caches=caches)
     if tokens.shape[1] > 1:
         last = reshard(jnp.argmax(positions, axis=1), (None,), ("res_batch",))
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)

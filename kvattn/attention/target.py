@@ -27,6 +27,13 @@ def of(platform: str, interpret: Any = False) -> Iterator[None]:
         _TARGET.reset(token)
 
 
+@contextlib.contextmanager
+def default(platform: str) -> Iterator[None]:
+    """`of(platform)`, unless a target is set already."""
+    with contextlib.nullcontext() if _TARGET.get() else of(platform):
+        yield
+
+
 def platform() -> str:
     """cpu, gpu or tpu."""
     return (_TARGET.get() or (jax.default_backend(),))[0]
