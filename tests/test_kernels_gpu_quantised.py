@@ -36,7 +36,12 @@ CASES = {
     "int8_f16": Case(**INT8, dtype="float16"),
     "int4_long_window": Case(**INT4, slots=1024, lengths=(1024, 900, 70), window=300, sinks=130, splits=2, tokens=2),
     "int4_width_256": Case(**INT4, key_dim=256, value_dim=256, lengths=(200, 3)),
-    "int4_width_64": Case(**INT4, key_dim=64, value_dim=64, slots=192, lengths=(192, 100)),
+    "int4_width_64": Case(**INT4, key_dim=64, value_dim=64, slots=384, lengths=(384, 100)),
+    "int4_pages_odd": Case(**INT4, page=64, slots=192, lengths=(192, 100)),
+    "int4_rows_20": Case(**INT4, heads=20, k_heads=1, v_heads=1, lengths=(250, 64)),
+    "int4_soft_cap_ring": Case(**INT4, ring=100, ring_sinks=3, window=100, sinks=3, slots=128, lengths=(251, 77, 1),
+                               soft_cap=2.0),
+    "int4_second_half": Case(**INT4, start=256, lengths=(500, 257, 3)),
     "int4_pages_128": Case(**INT4, page=128, slots=512, lengths=(500, 130, 1)),
     "fp8_long": Case(**FP8, slots=1024, lengths=(1024, 900, 5), splits=3),
     "fp8_bf16_q": Case(**FP8 | dict(dtype="bfloat16"), tokens=2, lengths=(256, 77, 2)),
@@ -96,6 +101,7 @@ def test_a_store_without_scales(name):
     (dict(key_dim=96), "head dims are 96 and 128"),
     (dict(page=16), "pages hold 16 tokens"),
     (dict(slots=240), "240 slots"),
+    (dict(store="int4", slots=192), "192 slots of int4 are not a multiple of 128"),
     (dict(store=""), "both must be one of int8, int4, float8_e4m3fn"),
 ])
 def test_what_it_cannot_serve_it_says(change, words):

@@ -1,27 +1,34 @@
-"""Decode over int8, int4 and fp8 (e4m3) caches on Hopper, dequantised inside the kernel (quantised_body.py).
+"""Decode over int8, int4 and fp8 (e4m3) caches on Hopper, dequantised inside the kernel.
 
-K is read as [B,heads,S,H] and V as [B,heads,V,S] (`v_lanes`): 8-bit and narrower operands of a warpgroup matmul cannot
-be transposed, so each must have the summed dimension last. Scales per token and head never touch the codes:
+K is read as [B,heads,S,H] and V as [B,heads,V,S] (`v_lanes`): 8-bit operands of a warpgroup matmul cannot be
+transposed, so each must have the summed dimension last. Scales per token and head never touch the codes:
 
     score = (q . code_k) scale_k scale;   out = sum_j (p_j scale_v[j]) code_v[j]
 
-What is rounded: q to its own dtype (fp8 stores: to f16 after a power of two per row has brought it to at most one),
-and p_j scale_v[j] to bf16 (fp8 stores: to f16, at most one). Codes are exact; sums are float32.
+Codes are exact and sums are float32 or int32. What is rounded, besides float32: over int8 and int4 q and p_j scale_v[j]
+to 18 bits or more of the largest in their row; over fp8 q, after a power of two per row has brought it to at most one,
+and p_j scale_v[j], which are at most one, to f16. The body is in quantised_body.py, the matmuls in
+quantised_products.py; a block is one warpgroup of 128 threads, several fit on a multiprocessor.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import codes
 from pallas_kernels.contract import KV, Partial, Problem, combine
-from pallas_kernels.gpu import quantised_body
+from pallas_kernels.gpu import _api, quantised_body
 from pallas_kernels.gpu.quantised_body import Plan
+from pallas_kernels.gpu.quantised_products import digits_of, number_of
 from pallas_kernels.shapes import LOG2E, blocks, heads_of, round_up, row_positions, rows_of, stats_of
 
 SMEM_LIMIT = 232448  # bytes a block can have on Hopper
 SMEM_CORE = 233472  # bytes of a multiprocessor; each block costs 1024 besides its own
 MULTIPROCESSORS = 132
+MOST_ROWS = 32  # of a block; more take several, each of which reads the cache
 REDUCTION_BYTES = 2048
 DTYPES = tuple(codes.LIMITS)
 
@@ -40,33 +47,47 @@ def supports(p: Problem) -> str | None:
         return f"head dims are {p.key_dim} and {p.value_dim}; they must be 64, 128 or 256"
     if p.page and p.page % 64:
         return f"pages hold {p.page} tokens; they must hold a multiple of 64"
-    if p.slots % 64:
-        return f"{p.slots} slots are not a multiple of 64; allocate more"
+    if p.k_dtype == "int4" and p.page > 64 and p.page % 128:
+        return f"pages hold {p.page} tokens; pages of int4 must hold 64 or a multiple of 128"
+    least = 128 if p.k_dtype == "int4" else 64
+    if not p.page and p.slots % least:
+        return f"{p.slots} slots of {p.k_dtype} are not a multiple of {least}; allocate more"
     return None
 
 
 def plan_of(p: Problem, kv: KV, interpreted: bool) -> Plan:
     """Tile sizes, stages and splits for `p`."""
-    k_scaled, v_scaled = kv.k.scale is not None, kv.v.scale is not None
-    chunks = -(-p.rows // 32)
+    o, chunks = p.options, -(-p.rows // MOST_ROWS)
     rows = round_up(-(-p.rows // chunks), 8)
-    fits = p.slots % 128 == 0 and (not p.page or p.page % 128 == 0 or p.page == 64)
-    keys = 128 if fits and rows <= 16 else 64
-    width = codes.bits(p.k_dtype) * (p.key_dim + p.value_dim) // 8 + 4 * k_scaled + 4 * v_scaled
-    fixed = rows * 2 * (p.key_dim + keys) + REDUCTION_BYTES + 1024
+    whole = p.page == 64 or p.page % 128 == 0 if p.page else p.slots % 128 == 0
+    keys = 128 if p.k_dtype == "int4" or whole and rows <= 16 else 64
+    window = o.window if not p.ring else 0
+    sink_blocks = -(-min(o.sinks, p.slots) // keys) if window else 0
+    plan = Plan(p, keys, rows, chunks, 2, 1, kv.k.scale is not None, kv.v.scale is not None, sink_blocks, kv.ring_sinks,
+                interpreted)
     resident = 3 if rows <= 8 else 2
-    stages = max(2, min(4, (SMEM_CORE // resident - fixed - 1024) // (keys * width)))
-    window = p.options.window if not p.ring else 0
-    read = min(p.slots, window + p.options.sinks + p.tokens) if window else p.slots
-    lanes = p.batch * p.groups * chunks
-    splits = p.options.splits or split_count(-(-read // keys), lanes, resident, keys * width, rows * p.value_dim * 4)
-    sink_blocks = -(-min(p.options.sinks, p.slots) // keys) if window else 0
-    return Plan(p, keys, rows, chunks, stages, splits, k_scaled, v_scaled, sink_blocks, kv.ring_sinks, interpreted)
+    stages = (SMEM_CORE // resident - 1024 - fixed_bytes(plan)) // stage_bytes(plan)
+    read = min(p.slots, window + o.sinks + p.tokens) if window else p.slots
+    splits = o.splits or split_count(-(-read // keys), p.batch * p.groups * chunks, resident, stage_bytes(plan),
+                                     rows * p.value_dim * 4)
+    return dataclasses.replace(plan, stages=max(2, min(4, stages)), splits=splits)
+
+
+def stage_bytes(plan: Plan) -> int:
+    """Bytes of one tile of K and V and its scales."""
+    p = plan.p
+    return plan.keys * (codes.bits(p.k_dtype) * (p.key_dim + p.value_dim) // 8 + 4 * plan.k_scaled + 4 * plan.v_scaled)
+
+
+def fixed_bytes(plan: Plan) -> int:
+    """Shared memory of a block besides its stages: q, the weights, what reductions take, and what is rounded up."""
+    right = plan.rows * (plan.q_digits * plan.p.key_dim + plan.p_digits * plan.keys) * plan.operand.itemsize
+    return right + REDUCTION_BYTES + 2048
 
 
 def split_count(tiles: int, lanes: int, resident: int, tile_bytes: int, part_bytes: int) -> int:
     """Splits of `tiles` that take the least time by this count: blocks run in waves of `resident` a multiprocessor,
-    each reads its tiles after the time of one and a half to fill the pipeline; partial results are moved three times."""
+    each reads its tiles after the time of one and a half to fill the pipeline; partial results are moved thrice."""
     held, best = MULTIPROCESSORS * resident, None
     for splits in range(1, max(1, tiles // 2) + 1):
         time = -(-lanes * splits // held) * held * (-(-tiles // splits) + 1.5) * tile_bytes
@@ -74,6 +95,25 @@ def split_count(tiles: int, lanes: int, resident: int, tile_bytes: int, part_byt
         if best is None or time < best[0]:
             best = time, splits
     return best[1]
+
+
+def held_rows(rows: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """rows[B,J,R,H] as the kernel multiplies them, [B,J,chunks,columns,H] or, for int4, [B,J,chunks,columns,H/2] of the
+    even and then the odd dimensions; the factor [B,J,R] left out; what the low nibbles add [B,J,R] (see quantised_products)."""
+    x = rows.astype(jnp.float32)
+    lead = (*rows.shape[:2], plan.chunks)
+    if not plan.integer:
+        power = row_power(x)
+        x = (x / power[..., None]).astype(plan.operand)
+        return x.reshape(*lead, plan.rows, x.shape[-1]), power, jnp.zeros_like(power)
+    top = jnp.max(jnp.abs(x), axis=-1)
+    x = x * (127.0 / jnp.where(top > 0, top, 1.0))[..., None]
+    digits = digits_of(x[..., 0 :: plan.sets], plan.q_digits)
+    bias = number_of([d.sum(-1, dtype=jnp.int32) for d in digits]) * 8.0
+    if plan.packed:
+        digits += digits_of(x[..., 1::2] / 16, plan.q_digits)
+    x = jnp.stack([d.reshape(*lead, plan.rows, d.shape[-1]) for d in digits], axis=3)
+    return x.reshape(*lead, len(digits) * plan.rows, x.shape[-1]), top / 127.0, bias
 
 
 def row_power(q: jax.Array) -> jax.Array:
@@ -85,25 +125,30 @@ def row_power(q: jax.Array) -> jax.Array:
 def operands(q: jax.Array, kv: KV, positions: jax.Array, plan: Plan) -> dict[str, jax.Array]:
     """What the kernel is given, by the names it uses."""
     p, o = plan.p, plan.p.options
-    rows = rows_of(q, p, plan.rows)
+    rows = rows_of(q, p, plan.chunks * plan.rows)
     factor = jnp.full(rows.shape[:3], o.scale / o.soft_cap if o.soft_cap else o.scale * LOG2E, jnp.float32)
-    if plan.half:
-        power = row_power(rows)
-        rows, factor = (rows.astype(jnp.float32) / power[..., None]), factor * power
+    rows, power, bias = held_rows(rows, plan)
     steps = blocks(kv, positions, o, plan.keys)
     start = jnp.int32(0) if kv.start is None else jnp.asarray(kv.start, jnp.int32)
     work = jnp.stack([kv.length, steps.first, steps.count, jnp.broadcast_to(start, kv.length.shape)], axis=1)
-    given = dict(
-        work=work.astype(jnp.int32), positions=row_positions(positions, p, plan.rows), factor=factor,
-        q=rows.astype(plan.q_dtype), k=kv.k.values, v=kv.v.values,
-    )
+    given = dict(work=work.astype(jnp.int32), positions=row_positions(positions, p, plan.chunks * plan.rows),
+                 factor=factor * power, q=rows, k=kv.k.values, v=kv.v.values)
+    if plan.packed:
+        k, v = bytes_of(kv.k.values), bytes_of(kv.v.values)
+        given |= dict(bias=bias, k=k.reshape(*k.shape[:2], k.shape[2] // 2, p.key_dim), v=v)
     if plan.k_scaled:
         given["k_scale"] = kv.k.scale
     if plan.v_scaled:
         given["v_scale"] = kv.v.scale
-    if p.page:
-        given["table"] = kv.table
+    if p.page:  # whole tiles of pages; pages that hold no token are read, and masked
+        table = jnp.clip(kv.table, 0, kv.k.values.shape[0] - 1)
+        given["table"] = jnp.pad(table, ((0, 0), (0, -table.shape[1] % plan.pages)))
     return given
+
+
+def bytes_of(x: jax.Array) -> jax.Array:
+    """int4[...,n] -> int8[...,n/2], the first of two in the low bits: the same memory on a GPU."""
+    return lax.bitcast_convert_type(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2), jnp.int8)
 
 
 def run(q: jax.Array, kv: KV, positions: jax.Array, p: Problem, interpret) -> Partial:
@@ -128,7 +173,7 @@ def run(q: jax.Array, kv: KV, positions: jax.Array, p: Problem, interpret) -> Pa
         grid=(plan.splits, lanes, p.batch),
         grid_names=("split", "group", "batch"),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
-        interpret=interpret_params(interpret),
+        interpret=_api.interpreter(interpret),
     )(*given.values())
     return join(acc, top, total, plan)
 
@@ -145,8 +190,3 @@ def join(acc: jax.Array, top: jax.Array, total: jax.Array, plan: Plan) -> Partia
     whole = (p.batch, p.groups, plan.chunks * plan.rows)
     return Partial(heads_of(out.reshape(*whole, p.value_dim), p),
                    stats_of(joined.max.reshape(whole), p), stats_of(joined.sum.reshape(whole), p))
-
-
-def interpret_params(interpret):
-    """What `plgpu.kernel` takes: False, or the interpreter's parameters (True: its defaults)."""
-    return plgpu.InterpretGPUParams() if interpret is True else interpret
