@@ -77,3 +77,10 @@ def size(name: str, **changes) -> ModelConfig:
     if name not in SIZES:
         raise UserError(f"size is {name!r}; choose one of {', '.join(SIZES)}.")
     return dataclasses.replace(SIZES[name], **changes)
+
+
+def named(name: str) -> tuple[str, ModelConfig]:
+    """(name, row) of a name that may have underscores for other signs: smollm2_1_7b. Raises UserError as `size`."""
+    plain = {row.replace("-", "_").replace(".", "_"): row for row in SIZES}
+    row = plain.get(name.replace("-", "_").replace(".", "_"), name)
+    return row, size(row)

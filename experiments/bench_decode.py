@@ -1,27 +1,42 @@
-"""Decoding speed, float32, against transformers: both take turns on the same prompts.
+"""Decoding speed: a real checkpoint in float32 against transformers, or full-size shapes against the memory's speed.
 
     python -m experiments.bench_decode [--checkpoint=smollm2] [--batches=1,8] [--new=64] [--rounds=5]
+    python -m experiments.bench_decode --shapes=llama3_8b,smollm2_1_7b [--batch=32] [--context=8192]   # random weights
 
-Writes experiments/results/bench_decode.json: medians, every round, the fraction of the memory roofline.
+Writes experiments/results/bench_decode.json, or bench_decode_shapes.json where there is an accelerator: medians, every
+round, the fraction of the memory roofline.
 """
 
 import tempfile
 
 from absl import flags
 
+from configs import sizes
 from experiments import peers
-from kvattn import cli
+from kvattn import cli, decode_bench
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "any checkpoint that kvattn reads")
 TEXT = flags.DEFINE_string("text", "", "a file for the prompts; empty = the held-out plays")
 BATCHES = flags.DEFINE_list("batches", ["1", "8"], "batch sizes")
 PROMPT = flags.DEFINE_integer("prompt_tokens", 128, "tokens of every prompt")
 NEW = flags.DEFINE_integer("new", 64, "tokens to write")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each peer")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each peer or candidate")
 PYTHON = flags.DEFINE_string("peer_python", "", "an interpreter that has torch and transformers")
+SHAPES = flags.DEFINE_list("shapes", [], "rows of configs/sizes.py, with random weights in place of a checkpoint")
+BATCH = flags.DEFINE_integer("batch", 32, "shapes: sequences")
+CONTEXT = flags.DEFINE_integer("context", 8192, "shapes: tokens of each sequence at the end")
+LAYERS = flags.DEFINE_integer("layers", 0, "shapes: only so many layers; 0 = all")
+CANDIDATES = flags.DEFINE_list("candidates", [], "shapes: KERNEL/STORE[/paged]; empty = all of the platform's")
+OUTPUT = flags.DEFINE_string("output", "", "shapes: the JSON, also on a CPU")
 
 
 def main() -> None:
+    if SHAPES.value:
+        rows = dict(sizes.named(name) for name in SHAPES.value)
+        decode_bench.run(rows, default=str(peers.RESULTS / "bench_decode_shapes.json"), output=OUTPUT.value,
+                         candidates=CANDIDATES.value, batch=BATCH.value, context=CONTEXT.value, steps=NEW.value,
+                         rounds=ROUNDS.value, layers=LAYERS.value)  # fmt: skip
+        return
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         directory = f"{folder}/model"
@@ -31,21 +46,8 @@ def main() -> None:
                                               text=TEXT.value, tokens=need)["versions"]}  # fmt: skip
         about |= {peer.name: peer.ask("load", checkpoint=directory)["versions"] for peer in team[1:]}
         for batch in map(int, BATCHES.value):
-            request = {"batch": batch, "prompt_tokens": PROMPT.value, "new": NEW.value, "directory": directory}
-            warm = peers.alternate(team, 1, "generate", **request)
-            same = len({str(answers[0]["tokens"]) for answers in warm.values()}) == 1
-            runs = peers.alternate(team, ROUNDS.value, "generate", **request)
-            keys = ("tokens_per_second", "prefill_tokens_per_second")
-            results[f"batch {batch}"] = entry = {name: peers.medians(a, *keys) for name, a in runs.items()}
-            roof = team[0].ask("roofline", batch=batch, context=PROMPT.value + NEW.value // 2)
-            speeds = {name: entry[name]["tokens_per_second"] for name in runs}
-            entry["kvattn_of_roofline"] = speeds["kvattn_worker"] / roof["tokens_per_second"]
-            entry |= {"roofline": roof, "same_tokens": same if len(team) > 1 else None}
-            if len(team) > 1:
-                entry["ratio"] = speeds["kvattn_worker"] / speeds["transformers_worker"]
-            line = "  ".join(f"{name.removesuffix('_worker')} {speed:.1f} tokens/s" for name, speed in speeds.items())
-            print(f"batch {batch}: {line}  ratio {entry.get('ratio', float('nan')):.2f}  same tokens {same}  "
-                  f"{entry['kvattn_of_roofline']:.0%} of the memory roofline", flush=True)  # fmt: skip
+            work = (batch, PROMPT.value, NEW.value, directory)
+            results[f"batch {batch}"] = peers.compare_decode(team, ROUNDS.value, *work)
         for peer in team:
             peer.close()
     setting = {"checkpoint": CHECKPOINT.value, "dtype": "float32", "prompt_tokens": PROMPT.value,

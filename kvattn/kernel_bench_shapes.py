@@ -149,7 +149,7 @@ def inputs(shape: Shape, dtype: str = "bfloat16", seed: int = 0) -> tuple[jax.Ar
 
     def leaf(key, dim, lanes):
         lie = (dim, slots) if lanes else (slots, dim)
-        return Leaf(*_draw(key, (rows, shape.k_heads, *lie), (rows, shape.k_heads, slots), shape.store), lanes)
+        return Leaf(*draw(key, (rows, shape.k_heads, *lie), (rows, shape.k_heads, slots), shape.store), lanes)
 
     k = leaf(keys[0], shape.head_dim, False)
     v = None if shape.view else leaf(keys[1], shape.v_dim, code)
@@ -160,8 +160,8 @@ def inputs(shape: Shape, dtype: str = "bfloat16", seed: int = 0) -> tuple[jax.Ar
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _draw(key: jax.Array, lie: tuple, scale_lie: tuple, store: str) -> tuple[jax.Array, jax.Array | None]:
-    """(values, scales or None) of a leaf; values after scaling are of the order of 1."""
+def draw(key: jax.Array, lie: tuple, scale_lie: tuple | None, store: str) -> tuple[jax.Array, jax.Array | None]:
+    """Random (values [*lie], scales [*scale_lie], None where `store` is no code): scaled they are of the order of 1."""
     first, second = jax.random.split(key)
     if store not in codes.LIMITS:
         return jax.random.normal(first, lie, jnp.dtype(store)), None

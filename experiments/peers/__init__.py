@@ -70,6 +70,27 @@ def alternate(peers: list[Peer], rounds: int, op: str, **request: Any) -> dict[s
     return answers
 
 
+def compare_decode(team: list[Peer], rounds: int, batch: int, prompt: int, new: int, directory: str) -> dict[str, Any]:
+    """Decoding speed of every peer on the same prompts, in turns, with kvattn's fraction of the memory roofline; prints
+    a line."""
+    request = {"batch": batch, "prompt_tokens": prompt, "new": new, "directory": directory}
+    warm = alternate(team, 1, "generate", **request)
+    same = len({str(answers[0]["tokens"]) for answers in warm.values()}) == 1
+    runs = alternate(team, rounds, "generate", **request)
+    keys = ("tokens_per_second", "prefill_tokens_per_second")
+    entry: dict[str, Any] = {name: medians(a, *keys) for name, a in runs.items()}
+    roof = team[0].ask("roofline", batch=batch, context=prompt + new // 2)
+    speeds = {name: entry[name]["tokens_per_second"] for name in runs}
+    entry["kvattn_of_roofline"] = speeds["kvattn_worker"] / roof["tokens_per_second"]
+    entry |= {"roofline": roof, "same_tokens": same if len(team) > 1 else None}
+    if len(team) > 1:
+        entry["ratio"] = speeds["kvattn_worker"] / speeds["transformers_worker"]
+    line = "  ".join(f"{name.removesuffix('_worker')} {speed:.1f} tokens/s" for name, speed in speeds.items())
+    print(f"batch {batch}: {line}  ratio {entry.get('ratio', float('nan')):.2f}  same tokens {same}  "
+          f"{entry['kvattn_of_roofline']:.0%} of the memory roofline", flush=True)  # fmt: skip
+    return entry
+
+
 def medians(answers: list[dict[str, Any]], *keys: str) -> dict[str, Any]:
     """{key: median, key_all: [every round]} of numeric answers."""
     out: dict[str, Any] = {}
