@@ -12,7 +12,7 @@ import jax
 from absl import flags
 
 from kvattn import account, cli, convert, corpora, data, decode, formats
-from kvattn.config import Experiment
+from kvattn.config import Experiment, executed
 from kvattn.errors import UserError
 
 JSON = flags.DEFINE_bool("json", False, "print one line of JSON on stdout instead of streaming")
@@ -28,12 +28,13 @@ def main(cfg: Experiment) -> None:
     prompt = sys.stdin.read() if prompt == "-" else prompt
     loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
     made = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=jax.random.key(cfg.seed))
+    model = executed(made.model, cfg.model)
     tokenizer = data.tokenizer_for(cfg.data, loaded.tokenizer)
     ids = decode.encode_prompt(tokenizer, prompt, cfg.decode.chat)
     say = tokenizer.stream()
     result = decode.generate(
         made.params,
-        made.model,
+        model,
         [ids],
         cfg.decode,
         cfg.cache,
@@ -47,7 +48,7 @@ def main(cfg: Experiment) -> None:
         "prefill_seconds": round(result.prefill_seconds, 4),
         "compile_seconds": round(result.compile_seconds, 2),
         "cache_bytes": result.cache_bytes,
-        "kv_bytes_per_token": account.kv_bytes_per_token(made.model, cfg.cache),
+        "kv_bytes_per_token": account.kv_bytes_per_token(model, cfg.cache),
     }
     if JSON.value:
         text = tokenizer.decode(result.tokens[0], skip_special=True)

@@ -42,8 +42,8 @@ FORMAT = 1
 # (train.steps) they say how far to go.
 FREE = (
     "name", "workdir", "cache", "mesh", "decode", "eval", "study", "sharding_study", "steps", "variants",
-    "checkpoint.dtype", "model.kernel", "model.remat", "train.steps", "train.log_every", "train.checkpoint_every",
-    "train.keep", "train.eval_every",
+    "checkpoint.dtype", "model.kernel", "model.decode_kernel", "model.remat", "train.steps", "train.log_every",
+    "train.checkpoint_every", "train.keep", "train.eval_every",
 )  # fmt: skip
 
 _DISK_MARKS = (

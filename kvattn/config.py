@@ -126,6 +126,17 @@ class ModelConfig:
         return self.attn_scale or self.head_dim**-0.5
 
 
+EXECUTION = ("kernel", "decode_kernel", "remat")  # how a model is computed, not what: config.model's for any checkpoint
+
+
+def executed(model: ModelConfig, like: ModelConfig) -> ModelConfig:
+    """`model` (of a checkpoint) with the execution fields of `like` (config.model). Raises UserError where they cannot
+    serve it."""
+    model = dataclasses.replace(model, **{name: getattr(like, name) for name in EXECUTION})
+    validate(model)
+    return model
+
+
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """Axis D. `kinds` is a pattern over layers (the owner's entry counts): full | ring | by_mask | paged.

@@ -18,7 +18,7 @@ import rich.console
 import rich.progress
 
 from kvattn import account, convert, corpora, data, formats, scoring
-from kvattn.config import CacheConfig, Experiment, ModelConfig, validate
+from kvattn.config import CacheConfig, Experiment, ModelConfig, executed
 from kvattn.errors import UserError
 from kvattn.evaluate_tasks import Needle, NeedleCell, Recall, mqar, needle
 from kvattn.scoring import Sequences
@@ -222,8 +222,7 @@ def run_checkpoint(cfg: Experiment) -> dict[str, Any]:
     loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
     key = jax.random.fold_in(jax.random.key(cfg.seed), 1)  # as in train.run: the same random heads
     made = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=key)
-    model_cfg = dataclasses.replace(made.model, kernel=cfg.model.kernel)
-    validate(model_cfg)
+    model_cfg = executed(made.model, cfg.model)
     columns = "{task.description} {task.completed}/{task.total}"
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(

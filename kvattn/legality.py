@@ -138,8 +138,9 @@ def check_cache(c: Any) -> None:
               "to one of them, use token.")
 
 
-def check_model_cache(model: Any, cache: Any) -> None:
-    """Axes A, C, E x axis D: a ring needs a window in every reader of its owner, a layout of V needs a V."""
+def check_model_cache(model: Any, cache: Any, capacity: int = 0) -> None:
+    """Axes A, C, E x axis D: a ring needs a window in every reader of its owner, a layout of V needs a V, a decode
+    kernel a store that it can read. `capacity`: tokens of a sequence, where they are known."""
     check_cache(cache)
     _need(not model.scan_layers,
           "model.scan_layers is True with a cache; scanned layers copy the cache, set scan_layers to False to decode.")
@@ -157,8 +158,9 @@ def check_model_cache(model: Any, cache: Any) -> None:
     if model.decode_kernel != "xla":
         from kvattn.attention.step import reason_against
 
-        reason = reason_against(model, cache)
-        _need(reason is None, f"model.decode_kernel is {model.decode_kernel!r}, which cannot read this cache: {reason}")
+        reason = reason_against(model, cache, capacity)
+        _need(reason is None, f"model.decode_kernel is {model.decode_kernel!r}, which cannot read this cache ("
+              f"{(reason or '').rstrip('.')}); cache.multiple, page_size, dtype and layout decide.")
 
 
 def check_mesh(c: Any) -> None:

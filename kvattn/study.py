@@ -26,7 +26,7 @@ import numpy as np
 import rich.console
 
 from kvattn import account, convert, data, decode, evaluate, formats, study_report, train
-from kvattn.config import CacheConfig, DecodeConfig, Experiment, StudyConfig, VariantConfig
+from kvattn.config import CacheConfig, DecodeConfig, Experiment, StudyConfig, VariantConfig, executed
 from kvattn.convert import report as measure
 from kvattn.errors import UserError
 from kvattn.losses import Teacher
@@ -266,7 +266,8 @@ class _Lab:
             return convert.Converted(row.model, None, True, "from scratch")
         self.show.now(f"{row.name}: converting")
         rng = jax.random.fold_in(jax.random.key(self.cfg.seed), 1)
-        return convert.convert_all(self.base.params, self.base.model, row.convert, rng=rng)
+        made = convert.convert_all(self.base.params, self.base.model, row.convert, rng=rng)
+        return dataclasses.replace(made, model=executed(made.model, self.cfg.model))
 
     def _train(self, row: VariantConfig) -> tuple[train.FitResult, convert.Converted]:
         made, steps = self._convert(row), self.cfg.train.steps
@@ -274,7 +275,6 @@ class _Lab:
             self.cfg, name=f"{self.cfg.name}/{row.name}", workdir=str(_row_dir(self.cfg, row)), convert=row.convert,
             cache=row.cache, model=row.model or self.cfg.model, study=StudyConfig(), variants=(), steps=-1,
         )  # fmt: skip
-        execution = {} if row.model else {name: getattr(cfg.model, name) for name in ("kernel", "remat")}
         teacher = Teacher(self.base.model, self.base.params) if train.wants_teacher(cfg) and self.base else None
         self.show.now(f"{row.name}: compiling the training step")
 
@@ -285,7 +285,7 @@ class _Lab:
         fitted = train.fit(
             cfg,
             params=made.params,
-            model=dataclasses.replace(made.model, **execution),
+            model=made.model,
             teacher=teacher,
             tokenizer=self.tokenizer,
             workdir=cfg.workdir,

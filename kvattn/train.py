@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kvattn import account, checkpoint, data, metrics, tables, train_step
-from kvattn.config import Experiment, ModelConfig, validate
+from kvattn.config import Experiment, ModelConfig, executed
 from kvattn.errors import UserError
 from kvattn.losses import Teacher
 from sharding import ShardingError, make_mesh
@@ -67,9 +67,7 @@ def run(cfg: Experiment, **options: Any) -> FitResult:
     loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
     rng = jax.random.fold_in(jax.random.key(cfg.seed), 1)
     converted = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=rng)
-    execution = {name: getattr(cfg.model, name) for name in ("kernel", "remat")}
-    student = dataclasses.replace(converted.model, **execution)
-    validate(student)
+    student = executed(converted.model, cfg.model)
     teacher = Teacher(loaded.model, loaded.params) if wants_teacher(cfg) else None
     params, tokenizer = converted.params, loaded.tokenizer
     del loaded, converted

@@ -97,7 +97,8 @@ def test_the_kernel_is_what_runs():
     def calls(cfg, length, fresh=False):
         inputs = model.Inputs(jnp.zeros((2, length), jnp.int32), fresh=fresh)
         with target.of("tpu", interpret=True):
-            return str(jax.make_jaxpr(lambda c: model.forward(params, cfg, inputs, caches=c))(caches)).count("pallas_call")
+            made = jax.make_jaxpr(lambda c: model.forward(params, cfg, inputs, caches=c))(caches)
+        return str(made).count("pallas_call")
 
     fast = with_kernel(cfg, "mosaic_tpu")
     assert calls(fast, 1) == calls(fast, step.STEP_TOKENS) == cfg.n_layers
@@ -107,13 +108,22 @@ def test_the_kernel_is_what_runs():
 @pytest.mark.parametrize("change,store,words", [
     (dict(decode_kernel="mosaic"), {}, "model.decode_kernel is 'mosaic'; choose one of xla, mosaic_tpu, mosaic_gpu"),
     (dict(decode_kernel="mosaic_tpu", tied_kv=True), {"multiple": 128}, "made from what is stored"),
-    (dict(decode_kernel="mosaic_tpu"), {"capacity": 100}, "cannot read this cache: .*slots.*xla can"),
-    (dict(decode_kernel="mosaic_tpu"), {"kinds": ("paged",), "page_size": 16}, "cannot read this cache: .*page"),
-    (dict(decode_kernel="mosaic_gpu"), {"multiple": 128}, "cannot read this cache: .*; mosaic_tpu and xla can"),
+    (dict(decode_kernel="mosaic_tpu"), {"capacity": 100}, r"cannot read this cache \(.*slots.*xla can"),
+    (dict(decode_kernel="mosaic_tpu"), {"kinds": ("paged",), "page_size": 16}, r"cannot read this cache \(.*page"),
+    (dict(decode_kernel="mosaic_gpu"), {"multiple": 128}, r"cannot read this cache \(.*; mosaic_tpu and xla can"),
 ])
 def test_what_a_kernel_cannot_read_is_said_of_the_config(change, store, words):
     with pytest.raises(UserError, match=words):
         config.validate(config.Experiment(model=tiny.config(**{**WIDE, **change}), cache=CacheConfig(**store)))
+
+
+def test_the_configs_kernels_reach_a_checkpoints_model():
+    """What a checkpoint says of execution gives way to config.model; what cannot serve it raises."""
+    held = config.executed(MODELS["gqa"], tiny.config(decode_kernel="mosaic_tpu", kernel="splash", remat="full"))
+    assert (held.kernel, held.decode_kernel, held.remat) == ("splash", "mosaic_tpu", "full")
+    assert dataclasses.replace(held, kernel="xla", decode_kernel="xla", remat="none") == MODELS["gqa"]
+    with pytest.raises(UserError, match="splash.*sinks|sinks.*splash"):
+        config.executed(MODELS["window_sinks"], tiny.config(kernel="splash"))
 
 
 def test_off_its_platform_a_kernel_raises():

@@ -42,9 +42,9 @@ def step(cfg: ModelConfig, layer: int, q: jax.Array, positions: jax.Array, kv: K
         raise UserError(f"model.decode_kernel is {name!r}: {error}") from error
 
 
-def reason_against(cfg: ModelConfig, cache: CacheConfig) -> str | None:
-    """None if the decode kernel of `cfg` can read every layer's cache, in one-token steps of its queries in the cache's
-    dtype (bfloat16 for codes); else why not."""
+def reason_against(cfg: ModelConfig, cache: CacheConfig, capacity: int = 0) -> str | None:
+    """None if the decode kernel of `cfg` can read every layer's cache of `capacity` tokens (0: an odd number of them),
+    in one-token steps of queries in the cache's dtype (bfloat16 for codes); else why not."""
     from kvattn import cache as caches
     from kvattn.attention import VARIANTS
 
@@ -52,7 +52,7 @@ def reason_against(cfg: ModelConfig, cache: CacheConfig) -> str | None:
         return None
     dtype = jnp.dtype(cache.dtype)
     dtype = jnp.bfloat16 if dtype.itemsize == 1 or jnp.issubdtype(dtype, jnp.integer) else dtype
-    held = caches.specs(dataclasses.replace(cfg, decode_kernel="xla"), cache, 1, cache.capacity or 4096)
+    held = caches.specs(dataclasses.replace(cfg, decode_kernel="xla"), cache, 1, capacity or cache.capacity or 4097)
     for layer in range(cfg.n_layers):
         kv = VARIANTS[cfg.variant].kernel_kv(cfg, held[cfg.sources[layer]])
         if kv is None:

@@ -78,7 +78,7 @@ def specs(cfg: ModelConfig, cache: CacheConfig, batch: int, capacity: int) -> tu
     """
     from kvattn.attention import VARIANTS
 
-    legality.check_model_cache(cfg, cache)
+    legality.check_model_cache(cfg, cache, max(capacity, 0))
     if capacity <= 0:
         raise UserError(f"cache.capacity is {capacity}; it must be positive.")
     out: list[Any] = []
