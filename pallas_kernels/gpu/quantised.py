@@ -98,8 +98,8 @@ def split_count(tiles: int, lanes: int, resident: int, tile_bytes: int, part_byt
 
 
 def held_rows(rows: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """rows[B,J,R,H] as the kernel multiplies them, [B,J,chunks,columns,H] or, for int4, [B,J,chunks,columns,H/2] of the
-    even and then the odd dimensions; the factor [B,J,R] left out; what the low nibbles add [B,J,R] (see quantised_products)."""
+    """rows[B,J,R,H] as the kernel multiplies them, [B,J,chunks,digits R/chunks,H], for int4 the even dimensions before
+    the odd ones; the factor [B,J,R] left out; what the low nibbles add [B,J,R] (see quantised_products)."""
     x = rows.astype(jnp.float32)
     lead = (*rows.shape[:2], plan.chunks)
     if not plan.integer:
@@ -108,10 +108,11 @@ def held_rows(rows: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array, jax.Ar
         return x.reshape(*lead, plan.rows, x.shape[-1]), power, jnp.zeros_like(power)
     top = jnp.max(jnp.abs(x), axis=-1)
     x = x * (127.0 / jnp.where(top > 0, top, 1.0))[..., None]
-    digits = digits_of(x[..., 0 :: plan.sets], plan.q_digits)
-    bias = number_of([d.sum(-1, dtype=jnp.int32) for d in digits]) * 8.0
+    even = x[..., :: plan.sets]
     if plan.packed:
-        digits += digits_of(x[..., 1::2] / 16, plan.q_digits)
+        x = jnp.concatenate([even, x[..., 1::2] / 16], axis=-1)
+    digits = digits_of(x, plan.q_digits)
+    bias = number_of([d[..., : even.shape[-1]].sum(-1, dtype=jnp.int32) for d in digits]) * 8.0
     x = jnp.stack([d.reshape(*lead, plan.rows, d.shape[-1]) for d in digits], axis=3)
     return x.reshape(*lead, len(digits) * plan.rows, x.shape[-1]), top / 127.0, bias
 

@@ -100,19 +100,20 @@ def tiled(shape: tuple[int, ...], dtype, columns: int = 128):
 
 def scratch(plan: Plan) -> dict:
     """Shared memory and barriers of one block."""
-    p, n, sets, held = plan.p, plan.stages, plan.sets, {}
+    p, n, held = plan.p, plan.stages, {}
     codes, each = jnp.int8 if plan.packed else p.k_dtype, plan.height // plan.pages
-    held["q_smem"] = tiled((sets * plan.q_digits * plan.rows, p.key_dim // sets), plan.operand)
+    held["q_smem"] = tiled((plan.q_digits * plan.rows, p.key_dim), plan.operand)
     held["k_smem"] = tiled((n, plan.height, p.key_dim), codes)
     held["v_smem"] = tiled((n, plan.pages, p.value_dim, each), codes)  # pages apart: copies fill what is contiguous
-    held["p_smem"] = tiled((plan.p_digits * plan.rows, plan.keys), plan.operand, each)
+    held["p_smem"] = tiled(
+        (plan.p_digits * plan.rows, plan.keys), plan.operand, min(plan.height, plan.keys // plan.pages))
     if plan.k_scaled:
         held["k_scale_smem"] = plgpu.SMEM((n, plan.keys), jnp.float32)
     if plan.v_scaled:
         held["v_scale_smem"] = plgpu.SMEM((n, plan.keys), jnp.float32)
     if plan.interpreted and p.k_dtype != "int8":
-        held["k_wide"] = tiled((plan.height, min(p.key_dim // sets, 128)), plan.operand)
-        held["v_wide"] = tiled((plan.value_parts[0][1], each), plan.operand)
+        held["k_wide"] = tiled((plan.height, p.key_dim if plan.packed else min(p.key_dim, 128)), plan.operand)
+        held["v_wide"] = tiled((plan.value_parts[0][1], plan.keys if plan.packed else each), plan.operand)
     held["q_ready"] = plgpu.Barrier()
     held["k_ready"] = plgpu.Barrier(num_arrivals=plan.pages * (1 + plan.k_scaled), num_barriers=n)
     held["v_ready"] = plgpu.Barrier(num_arrivals=plan.pages * (1 + plan.v_scaled), num_barriers=n)

@@ -3,8 +3,8 @@
     int8   codes are an int8 operand as they lie in shared memory. q and the weights come in three digits of base 254,
            side by side as columns, so that nothing is lost against float32: x = (d0 + (d1 + d2 / 254) / 254) max|x|/127
     int4   the same, of bytes: y = 16 high + low with signed nibbles splits in registers into y & -16 = 16 high and
-           (y & 15) ^ 8 = low + 8, which is what an int8 operand in registers can be. The columns for `high` are divided
-           by 16, eight times the sum of those for `low` is taken off. Dimensions 2j and 2j + 1 of K share a byte, and
+           (y & 15) ^ 8 = low + 8, side by side an int8 operand in registers. What meets `high` is divided by 16, eight
+           times the sum of what meets `low` is taken off. Dimensions 2j and 2j + 1 of K share a byte, and
            tokens 2t and 2t + 1 of V: a tile's tokens come in two sets, the even and the odd ones
     fp8    codes go through registers to f16 (e4m3 has no way to bf16), q and the weights are f16
 
@@ -47,18 +47,17 @@ def number_of(digits: list[jax.Array]) -> jax.Array:
 
 def scores(plan, refs: dict, slot, bias) -> list[jax.Array]:
     """K q^T [height,rows] float32 of each set, of the tile of K in stage `slot`, in the units of the codes and q;
-    `bias`[rows]: eight times the sum of the columns for `low` of int4."""
-    dim, columns = plan.p.key_dim, plan.q_digits * plan.rows
+    `bias`[rows]: eight times the sum of the even dimensions of q, for int4."""
+    dim, q = plan.p.key_dim, refs["q_smem"]
     if plan.packed:
         low, high = nibbles(plgpu.load(refs["k_smem"].at[slot], layout=plgpu.Layout.WGMMA_8BIT))
-        q_low, q_high = (refs["q_smem"].at[pl.ds(i * columns, columns)].T for i in range(2))
         found = []
         for i in range(2):  # a row holds the bytes of two tokens
-            mine = slice(i * dim // 2, (i + 1) * dim // 2)
-            pairs = [(low[:, mine], q_low), (high[:, mine], q_high)]
-            found.append(product(plan, plan.height, plan.q_digits, pairs, refs.get("k_wide")))
-        return [s - down(bias, plan.height) for s in found]
-    pairs = [(refs["k_smem"].at[slot, :, pl.ds(at, width)], refs["q_smem"].at[:, pl.ds(at, width)].T)
+            left = jnp.concatenate([x[:, i * dim // 2 : (i + 1) * dim // 2] for x in (low, high)], axis=1)
+            s = product(plan, plan.height, plan.q_digits, [(left, q.T)], refs.get("k_wide"))
+            found.append(s - down(bias, plan.height))
+        return found
+    pairs = [(refs["k_smem"].at[slot, :, pl.ds(at, width)], q.at[:, pl.ds(at, width)].T)
              for at, width in parts(dim, 128)]
     return [product(plan, plan.height, plan.q_digits, pairs, refs.get("k_wide"))]
 
@@ -77,16 +76,14 @@ def put(plan, ref, weights: list[jax.Array]) -> None:
 
 def values(plan, refs: dict, slot) -> list[jax.Array]:
     """V^T P^T float32 of the tile of V in stage `slot`, in pieces along V: [width,rows] in units of 1/127."""
-    found, each = [], plan.height // plan.pages
+    found, each, weights = [], plan.keys // plan.pages, refs["p_smem"]
     for start, width in plan.value_parts:
-        pairs = []
-        for page in range(plan.pages):
-            codes = refs["v_smem"].at[slot, page, pl.ds(start, width)]
-            weights = [refs["p_smem"].at[:, pl.ds(i * plan.height + page * each, each)].T for i in range(plan.sets)]
-            if plan.packed:
-                pairs += zip(nibbles(plgpu.load(codes, layout=plgpu.Layout.WGMMA_8BIT)), weights, strict=True)
-            else:
-                pairs.append((codes, weights[0]))
+        codes = [refs["v_smem"].at[slot, page, pl.ds(start, width)] for page in range(plan.pages)]
+        if plan.packed:
+            halves = zip(*[nibbles(plgpu.load(x, layout=plgpu.Layout.WGMMA_8BIT)) for x in codes], strict=True)
+            pairs = [(jnp.concatenate([x for half in halves for x in half], axis=1), weights.T)]
+        else:
+            pairs = [(x, weights.at[:, pl.ds(page * each, each)].T) for page, x in enumerate(codes)]
         found.append(product(plan, width, plan.p_digits, pairs, refs.get("v_wide")))
     return found
 
