@@ -125,7 +125,15 @@ STORES = {
     "ring_f32": CacheConfig(kinds=("ring",), dtype="float32"),
     "ring_bf16": CacheConfig(kinds=("ring",), dtype="bfloat16"),
     "by_mask_bf16": CacheConfig(kinds=("by_mask",), dtype="bfloat16"),
+    "full_int8": CacheConfig(dtype="int8"),
+    "by_mask_fp8": CacheConfig(kinds=("by_mask",), dtype="float8_e4m3fn", layout="lanes", multiple=4),
+    "full_int4": CacheConfig(dtype="int4", multiple=16),
+    "full_int8_channel": CacheConfig(dtype="int8", key_scale="channel", layout="v_lanes"),
+    "paged_bf16": CacheConfig(kinds=("paged",), dtype="bfloat16", page_size=16),
+    "paged_int4": CacheConfig(kinds=("paged",), dtype="int4", layout="lanes", page_size=16, pages=5),
 }
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "float8_e4m3fn": 8, "int4": 4}
+PACKED = jax.__version_info__ >= (0, 11)  # older: XLA:CPU holds an int4 in a byte of its own
 
 
 def by_hand(cfg, store, batch, capacity) -> int:
@@ -136,11 +144,21 @@ def by_hand(cfg, store, batch, capacity) -> int:
             continue
         readers = [r for r in range(cfg.n_layers) if (cfg.kv_source or tuple(range(cfg.n_layers)))[r] == layer]
         masks = [cfg.masks[r % len(cfg.masks)] for r in readers]
-        ring = store.kinds[0] != "full" and all(m.window for m in masks)
+        ring = store.kinds[0] in ("ring", "by_mask") and all(m.window for m in masks)
         widest = max(m.window for m in masks) + max(m.sinks for m in masks)
         elements = cfg.n_k_heads * cfg.head_dim + (0 if cfg.tied_kv else cfg.n_v_heads * cfg.v_head_dim)
-        total += elements * (min(capacity, widest) if ring else capacity)
-    return total * batch * {"float32": 4, "bfloat16": 2}[store.dtype]
+        heads = cfg.n_k_heads + (0 if cfg.tied_kv else cfg.n_v_heads)
+        slots = min(capacity, widest) if ring else capacity
+        tokens = batch * -(-slots // store.multiple) * store.multiple
+        if store.kinds == ("paged",):
+            tokens = 16 * (1 + (store.pages or batch * -(-capacity // 16)))
+        total += elements * tokens * BITS[store.dtype]
+        if store.key_scale == "channel":
+            total += 32 * (batch * cfg.n_k_heads * cfg.head_dim + tokens * cfg.n_v_heads)
+        elif BITS[store.dtype] < 16:
+            total += 32 * tokens * heads
+    assert total % 8 == 0
+    return total // 8
 
 
 def test_declared_allocated_compiled():
@@ -151,7 +169,8 @@ def test_declared_allocated_compiled():
         for store_name, store in STORES.items():
             where = f"{name} x {store_name}"
             ring_without_window = store.kinds == ("ring",) and not all(m.window for m in cfg.masks)
-            if cfg.scan_layers or ring_without_window:
+            no_v = cfg.tied_kv and (store.layout == "v_lanes" or store.key_scale == "channel")
+            if cfg.scan_layers or ring_without_window or no_v:
                 with pytest.raises(UserError):
                     account.cache_bytes(cfg, store, batch, capacity)
                 with pytest.raises(UserError):
@@ -161,24 +180,31 @@ def test_declared_allocated_compiled():
             declared = account.cache_bytes(cfg, store, batch, capacity)
             caches = cache.create(cfg, store, batch, capacity)
             leaves = jax.tree.leaves([c.entries for c in caches if c is not None])
-            lengths = jax.tree.leaves([c.length for c in caches if c is not None])
+            counters = sum(x.nbytes for x in jax.tree.leaves([(c.length, c.table) for c in caches if c is not None]))
             assert declared == by_hand(cfg, store, batch, capacity), where
-            assert declared == cache.nbytes(caches) == sum(leaf.nbytes for leaf in leaves), where
-            compiled = jax.jit(lambda c: jax.tree.map(lambda x: x * 2, c), donate_argnums=0).lower(caches).compile()
-            counters = sum(leaf.nbytes for leaf in lengths)
-            assert counters == 4 * batch * len(cfg.owners)
+            assert declared == cache.nbytes(caches), where
+            pages = 1 if store.kinds == ("paged",) else 0  # of a row, at this capacity: its table has one entry
+            assert counters == 4 * batch * len(cfg.owners) * (1 + pages)
+            legal += 1
+            if store.dtype == "int4" and not PACKED:
+                continue
+            assert declared == sum(leaf.on_device_size_in_bytes() for leaf in leaves), where
+            compiled = jax.jit(lambda c: jax.tree.map(lambda y: y + y, c), donate_argnums=0).lower(caches).compile()
             assert compiled.memory_analysis().argument_size_in_bytes == declared + counters, where
             assert compiled.memory_analysis().alias_size_in_bytes == declared + counters, where
-            legal += 1
     assert legal + illegal == len(tiny.CASES) * len(STORES)
     assert illegal >= len(STORES)  # the scanned model, and rings on models without windows
 
 
-@pytest.mark.parametrize("name", ["uneven_kv", "tied_kv", "cla3", "mqa_cla2_pattern"])
-def test_decode_step_compiles_to_the_declared_bytes(name):
+@pytest.mark.parametrize(("name", "store"), [
+    ("uneven_kv", "by_mask_bf16"), ("tied_kv", "by_mask_bf16"), ("cla3", "by_mask_bf16"),
+    ("mqa_cla2_pattern", "by_mask_bf16"), ("uneven_kv", "full_int8_channel"), ("mqa_cla2_pattern", "by_mask_fp8"),
+    ("tied_kv", "full_int8"), ("cla3", "paged_bf16"),
+])  # fmt: skip
+def test_decode_step_compiles_to_the_declared_bytes(name, store):
     """The real decode step: its arguments are the parameters, the caches and one token per row, no byte more,
     and every cache byte is updated in place."""
-    cfg, store, batch, capacity = tiny.CASES[name], STORES["by_mask_bf16"], 2, 13
+    cfg, store, batch, capacity = tiny.CASES[name], STORES[store], 2, 13
     params = model.init(jax.random.key(3), cfg)
     caches = cache.create(cfg, store, batch, capacity)
 
@@ -188,7 +214,8 @@ def test_decode_step_compiles_to_the_declared_bytes(name):
     column = jnp.zeros((batch, 1), jnp.int32)
     lowered = jax.jit(step, donate_argnums=3).lower(params, column, column, caches)
     memory = lowered.compile().memory_analysis()
-    kv = account.cache_bytes(cfg, store, batch, capacity) + 4 * batch * len(cfg.owners)
+    kv = account.cache_bytes(cfg, store, batch, capacity)
+    kv += 4 * batch * len(cfg.owners) * (2 if store.kinds == ("paged",) else 1)  # lengths, tables of one page a row
     assert memory.argument_size_in_bytes == 4 * account.param_count(cfg) + kv + 2 * column.nbytes
     assert memory.alias_size_in_bytes == kv
 
@@ -203,6 +230,26 @@ def test_bytes_at_a_context_and_longest_context():
     assert account.max_context(window, ring, (2 * 100 + 2 * 7) * element - 1) == 99
     assert account.max_context(window, ring, 0) == 0
     assert account.max_context(tiny.CASES["window"], CacheConfig(kinds=("ring",)), 10**6) is None
+
+
+def test_bytes_of_codes_and_pages():
+    """Llama-3-8B by hand: 64 leaves of 8 heads; int8 8 + 32/128 bits an element, int4 4 + 32/128, fp8 as int8."""
+    per_head = {"int8": 128 + 4, "float8_e4m3fn": 128 + 4, "int4": 64 + 4}
+    for name, size in per_head.items():
+        assert account.kv_bytes_per_token(LLAMA3_8B, CacheConfig(dtype=name)) == 64 * 8 * size
+    channel = CacheConfig(dtype="int8", key_scale="channel")
+    assert account.kv_bytes_per_token(LLAMA3_8B, channel) == 32 * 8 * (128 + 132)
+    assert account.cache_bytes(LLAMA3_8B, channel, 3, 100) == 300 * 32 * 8 * 260 + 3 * 32 * 8 * 128 * 4
+    paged = CacheConfig(kinds=("paged",), dtype="bfloat16", page_size=64, pages=100)
+    assert account.cache_bytes(LLAMA3_8B, paged, 4, 1000) == 101 * 64 * 131072  # whatever is asked of the pool
+    assert account.max_context(LLAMA3_8B, paged, 101 * 64 * 131072, 4) == 25 * 64
+    assert account.max_context(LLAMA3_8B, paged, 101 * 64 * 131072 - 1, 4) == 0
+    whole = CacheConfig(kinds=("paged",), dtype="bfloat16", page_size=64)
+    assert account.max_context(LLAMA3_8B, whole, 101 * 64 * 131072, 4) == 25 * 64
+    rounded = CacheConfig(dtype="bfloat16", multiple=128)
+    assert account.cache_bytes(LLAMA3_8B, rounded, 2, 129) == 2 * 256 * 131072
+    odd = tiny.config(n_layers=1, n_k_heads=1, n_v_heads=1, head_dim=3, v_head_dim=2, n_heads=1, d_model=3)
+    assert account.kv_bytes_per_token(odd, CacheConfig(dtype="int4")) == 2.5 + 8
 
 
 def test_longest_context_of_palm():
