@@ -34,7 +34,9 @@ CASES = {
     "int8_ring": Case(**INT8, ring=100, ring_sinks=3, window=100, sinks=3, slots=128, lengths=(251, 77, 1)),
     "int8_second_half": Case(**INT8, start=256, lengths=(500, 257, 3)),
     "int8_f16": Case(**INT8, dtype="float16"),
+    "int8_empty": Case(**INT8, lengths=(256, 0)),
     "int4_long_window": Case(**INT4, slots=1024, lengths=(1024, 900, 70), window=300, sinks=130, splits=2, tokens=2),
+    "int4_rows_48": Case(**INT4, heads=24, k_heads=1, v_heads=1, tokens=2, lengths=(250,)),
     "int4_width_256": Case(**INT4, key_dim=256, value_dim=256, lengths=(200, 3)),
     "int4_width_64": Case(**INT4, key_dim=64, value_dim=64, slots=384, lengths=(384, 100)),
     "int4_pages_odd": Case(**INT4, page=64, slots=192, lengths=(192, 100)),
@@ -143,6 +145,8 @@ SIZES = {
     }.items()
 } | {
     "int8_rows_32": Size("int8", heads=32, k_heads=1, blocks=2),
+    "int4_rows_32": Size("int4", heads=32, k_heads=1, blocks=2),
+    "fp8_rows_32": Size("float8_e4m3fn", heads=32, k_heads=1, blocks=2),
     "int4_width_256": Size("int4", heads=16, k_heads=2, dim=256, blocks=2),
 }
 

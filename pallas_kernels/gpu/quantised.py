@@ -28,7 +28,7 @@ from pallas_kernels.shapes import LOG2E, blocks, heads_of, round_up, row_positio
 SMEM_LIMIT = 232448  # bytes a block can have on Hopper
 SMEM_CORE = 233472  # bytes of a multiprocessor; each block costs 1024 besides its own
 MULTIPROCESSORS = 132
-MOST_ROWS = 32  # of a block; more take several, each of which reads the cache
+MOST_ROWS = {"int4": 16}  # of a block, else 32 (registers); more take several blocks, each of which reads the cache
 REDUCTION_BYTES = 2048
 DTYPES = tuple(codes.LIMITS)
 
@@ -57,7 +57,7 @@ def supports(p: Problem) -> str | None:
 
 def plan_of(p: Problem, kv: KV, interpreted: bool) -> Plan:
     """Tile sizes, stages and splits for `p`."""
-    o, chunks = p.options, -(-p.rows // MOST_ROWS)
+    o, chunks = p.options, -(-p.rows // MOST_ROWS.get(p.k_dtype, 32))
     rows = round_up(-(-p.rows // chunks), 8)
     whole = p.page == 64 or p.page % 128 == 0 if p.page else p.slots % 128 == 0
     keys = 128 if p.k_dtype == "int4" or whole and rows <= 16 else 64

@@ -19,6 +19,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 BASE = 254.0
+SHIFT = 1.5 * 2.0**23  # the lowest bits of an integer plus this, float32, are the integer's
 
 
 def parts(dim: int, most: int) -> list[tuple[int, int]]:
@@ -32,7 +33,8 @@ def digits_of(x: jax.Array, count: int) -> list[jax.Array]:
     found = []
     for _ in range(count):
         digit = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
-        found.append(digit.astype(jnp.int32).astype(jnp.int8))
+        bits = lax.bitcast_convert_type(digit + SHIFT, jnp.int32)  # a conversion, without what it does beyond int32
+        found.append(bits.astype(jnp.int8))
         x = (x - digit) * BASE
     return found
 
@@ -64,14 +66,14 @@ def scores(plan, refs: dict, slot, bias) -> list[jax.Array]:
 
 def put(plan, ref, weights: list[jax.Array]) -> None:
     """Writes the weights of each set to shared memory [digits rows, keys], as `values` reads them; |weights| <= 1."""
+    if not plan.integer:
+        ref.T[...] = plgpu.layout_cast(weights[0].astype(jnp.float16), plgpu.Layout.WGMMA_TRANSPOSED)
+        return
+    found = []
     for i, w in enumerate(weights):
-        mine = pl.ds(i * plan.height, plan.height)
-        if not plan.integer:
-            ref.at[:, mine].T[...] = plgpu.layout_cast(w.astype(jnp.float16), plgpu.Layout.WGMMA_TRANSPOSED)
-            continue
         w = plgpu.layout_cast(w, plgpu.Layout.WGMMA_TRANSPOSED) * (127.0 / 16 if i else 127.0)
-        for d, digit in enumerate(digits_of(w, plan.p_digits)):
-            ref.at[pl.ds(d * plan.rows, plan.rows), mine].T[...] = digit
+        found.append(jnp.concatenate(digits_of(w, plan.p_digits), axis=1))
+    ref.T[...] = jnp.concatenate(found, axis=0) if plan.packed else found[0]  # one store: each takes two barriers
 
 
 def values(plan, refs: dict, slot) -> list[jax.Array]:
