@@ -193,8 +193,8 @@ def run(
     """Measures every shape, prints and (on an accelerator, or where `output` says so) writes; returns the record.
     `layers` > 0: only so many of them. Raises UserError for numbers that fit nothing."""
     if not 0 < steps < context or batch < 1 or rounds < 1 or layers < 0:
-        raise UserError(f"--new is {steps}, --context {context}, --batch {batch}, --rounds {rounds}, --layers {layers}; "
-                        "give fewer new tokens than the context has, and at least one row and round.")
+        raise UserError(f"--new={steps} --context={context} --batch={batch} --rounds={rounds} --layers={layers}; give "
+                        "fewer new tokens than the context has, and at least one row and round.")
     here = jax.default_backend()
     wanted = list(candidates) or default_candidates()
     for name in wanted:
@@ -230,7 +230,7 @@ def bar(record: dict[str, Any]) -> str:
     found = record["results"].get("llama3-8b", {"setting": {}, "candidates": {}})
     setting = {key: found["setting"].get(key) for key in ("batch", "context", "layers")}
     best = {f"{name}/bfloat16": found["candidates"].get(f"{name}/bfloat16", {}) for name in BACKENDS}
-    best = {name: entry["of_roofline"] for name, entry in best.items() if "of_roofline" in entry and "error" not in entry}
+    best = {name: e["of_roofline"] for name, e in best.items() if "of_roofline" in e and "error" not in e}
     text = f"bar: llama3-8b, batch 32, context 8192, bf16, at least {BAR:.0%} of the roofline"
     if not best or setting != {"batch": 32, "context": 8192, "layers": 32}:
         return f"{text}: not measured"

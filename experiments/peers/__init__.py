@@ -41,6 +41,7 @@ class Peer:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 def serve(ops: dict[str, Callable[..., dict[str, Any]]]) -> None:
