@@ -22,6 +22,11 @@ ROWS: dict[str, VariantConfig] = {
     for row in (
         VariantConfig("base"),
         VariantConfig("base_bf16", cache=_BF16),
+        VariantConfig("base_int8", cache=CacheConfig(dtype="int8")),
+        VariantConfig("base_fp8", cache=CacheConfig(dtype="float8_e4m3fn")),
+        VariantConfig("base_int4", cache=CacheConfig(dtype="int4")),
+        VariantConfig("base_int4_channel", cache=CacheConfig(dtype="int4", key_scale="channel")),
+        VariantConfig("base_paged", cache=CacheConfig(kinds=("paged",))),
         VariantConfig("mqa", (_MQA,)),
         VariantConfig("mqa_first", (ConvertConfig(kind="gqa", k_heads=1, method="first"),)),
         VariantConfig("mqa_random", (ConvertConfig(kind="gqa", k_heads=1, method="random"),)),
