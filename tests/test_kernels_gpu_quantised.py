@@ -16,7 +16,7 @@ from pallas_kernels import KV, KernelError, Leaf, Options, gpu, problem, referen
 from pallas_kernels.gpu import aot, quantised
 from tests import kernel_cases
 from tests.kernel_cases import Case
-from tests.tolerances import KERNEL_BF16, KERNEL_F16, KERNEL_STATS, close
+from tests.tolerances import KERNEL_BF16, KERNEL_DIGITS, KERNEL_F16, KERNEL_STATS, close
 
 needs_gpu_jax = pytest.mark.skipif(not gpu.AVAILABLE, reason="Mosaic GPU kernels need JAX 0.11 or later")
 THREADS = 128  # one warpgroup a block
@@ -52,7 +52,7 @@ CASES = {
 }
 
 
-def _equals(name, case, q, kv, positions, options, tolerance):
+def _equals(name, q, kv, positions, options, tolerance):
     want = reference.decode_attention(q, kv, positions, options)
     p = problem(q, kv, options)
     assert quantised.supports(p) is None
@@ -66,8 +66,7 @@ def _equals(name, case, q, kv, positions, options, tolerance):
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_the_loops(name):
     case = CASES[name]
-    fine = case.store.startswith("float8")
-    _equals(name, case, *kernel_cases.build(case), KERNEL_F16 if fine else KERNEL_BF16)
+    _equals(name, *kernel_cases.build(case), KERNEL_DIGITS if case.store.startswith("int") else KERNEL_F16)
 
 
 @needs_gpu_jax
@@ -93,7 +92,11 @@ def test_a_store_without_scales(name):
     q, kv, positions, options = kernel_cases.build(kernel_cases.CASES[name])
     bare = KV(Leaf(kv.k.values), Leaf(kv.v.values, lanes=True), kv.length)
     options = dataclasses.replace(options, scale=options.scale * float(np.mean(kv.k.scale)))
-    _equals(name, None, q, bare, positions, options, KERNEL_BF16)
+    want = reference.decode_attention(q, bare, positions, options)
+    got = jax.jit(lambda *args: quantised.run(*args, problem(q, bare, options), True))(q, bare, positions)
+    size = np.abs(want.out).max()
+    close(got.out / size, want.out / size, KERNEL_DIGITS if name == "int4" else KERNEL_F16, "out")
+    close(got.sum, want.sum, KERNEL_STATS, "sum")
 
 
 @pytest.mark.parametrize("change,words", [
@@ -145,9 +148,12 @@ SIZES = {
     }.items()
 } | {
     "int8_rows_32": Size("int8", heads=32, k_heads=1, blocks=2),
+    "int8_rows_24": Size("int8", heads=24, k_heads=1, blocks=2),
     "int4_rows_32": Size("int4", heads=32, k_heads=1, blocks=2),
     "fp8_rows_32": Size("float8_e4m3fn", heads=32, k_heads=1, blocks=2),
+    "int8_width_256": Size("int8", heads=32, k_heads=1, dim=256, blocks=1),
     "int4_width_256": Size("int4", heads=16, k_heads=2, dim=256, blocks=2),
+    "fp8_width_256": Size("float8_e4m3fn", heads=16, k_heads=1, dim=256, blocks=1),
 }
 
 

@@ -40,6 +40,7 @@ KERNEL_BF16 = Tolerance(1e-2, 1e-2, "probabilities rounded to bfloat16 before th
 KERNEL_F16 = Tolerance(2e-3, 2e-3, "probabilities rounded to float16 before the second matmul; float32 sums")
 KERNEL_MODEL = Tolerance(5e-2, 5e-2, "a bfloat16 model of two layers, probabilities rounded at another place")
 KERNEL_STATS = Tolerance(1e-3, 5e-3, "max and sum of the softmax, float32, of bfloat16 products; exp2 for exp")
+KERNEL_DIGITS = Tolerance(5e-5, 5e-5, "q and probabilities in integer digits, 18 bits or more; int32 and float32 sums")
 
 
 def close(got, want, tolerance: Tolerance, what: str = "") -> None:

@@ -28,7 +28,6 @@ from pallas_kernels.shapes import LOG2E, blocks, heads_of, round_up, row_positio
 SMEM_LIMIT = 232448  # bytes a block can have on Hopper
 SMEM_CORE = 233472  # bytes of a multiprocessor; each block costs 1024 besides its own
 MULTIPROCESSORS = 132
-MOST_ROWS = {"int4": 16}  # of a block, else 32 (registers); more take several blocks, each of which reads the cache
 REDUCTION_BYTES = 2048
 DTYPES = tuple(codes.LIMITS)
 
@@ -57,20 +56,35 @@ def supports(p: Problem) -> str | None:
 
 def plan_of(p: Problem, kv: KV, interpreted: bool) -> Plan:
     """Tile sizes, stages and splits for `p`."""
-    o, chunks = p.options, -(-p.rows // MOST_ROWS.get(p.k_dtype, 32))
+    o, chunks = p.options, -(-p.rows // most_rows(p))
     rows = round_up(-(-p.rows // chunks), 8)
+    rows = 32 if rows == 24 else rows  # an integer matmul has no 3 x 24 columns
     whole = p.page == 64 or p.page % 128 == 0 if p.page else p.slots % 128 == 0
-    keys = 128 if p.k_dtype == "int4" or whole and rows <= 16 else 64
+    wide = rows > (8 if p.k_dtype.startswith("float8") and 256 in (p.key_dim, p.value_dim) else 16)
+    keys = 128 if p.k_dtype == "int4" or whole and not wide else 64
     window = o.window if not p.ring else 0
     sink_blocks = -(-min(o.sinks, p.slots) // keys) if window else 0
     plan = Plan(p, keys, rows, chunks, 2, 1, kv.k.scale is not None, kv.v.scale is not None, sink_blocks, kv.ring_sinks,
                 interpreted)
-    resident = 3 if rows <= 8 else 2
-    stages = (SMEM_CORE // resident - 1024 - fixed_bytes(plan)) // stage_bytes(plan)
+    resident, stages = room(plan)
     read = min(p.slots, window + o.sinks + p.tokens) if window else p.slots
     splits = o.splits or split_count(-(-read // keys), p.batch * p.groups * chunks, resident, stage_bytes(plan),
                                      rows * p.value_dim * 4)
-    return dataclasses.replace(plan, stages=max(2, min(4, stages)), splits=splits)
+    return dataclasses.replace(plan, stages=stages, splits=splits)
+
+
+def most_rows(p: Problem) -> int:
+    """Rows of queries that one block has registers for; more take several blocks, each of which reads the cache."""
+    return 16 if p.k_dtype == "int4" or p.k_dtype == "int8" and p.value_dim == 256 else 32
+
+
+def room(plan: Plan) -> tuple[int, int]:
+    """(blocks a multiprocessor, stages of each): as many blocks as registers allow, of two stages at least."""
+    for resident in range(3 if plan.rows <= 8 else 2, 0, -1):
+        stages = (SMEM_CORE // resident - 1024 - fixed_bytes(plan)) // stage_bytes(plan)
+        if stages >= 2:
+            break
+    return resident, min(4, stages)
 
 
 def stage_bytes(plan: Plan) -> int:
