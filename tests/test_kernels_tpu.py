@@ -58,39 +58,45 @@ def check(case: Case, mode, tolerance=KERNEL_BF16, **plan) -> None:
 LONG = Case(slots=640, lengths=(640, 130, 0, 257), heads=4)
 
 
-@pytest.mark.parametrize("name,case,plan", [
-    ("one_piece_two_buffers", LONG, dict(pieces=1, sub=128, buffers=2)),
-    ("two_pieces_three_buffers", LONG, dict(pieces=2, sub=128)),
-    ("four_buffers", LONG, dict(pieces=2, sub=256, buffers=4)),
-    ("one_core", LONG, dict(pieces=1, sub=128, cores=1)),
-    ("first_and_last_row_empty", dataclasses.replace(LONG, lengths=(0, 300, 0, 513, 0, 0)), dict(pieces=1, sub=128)),
-    ("all_empty", dataclasses.replace(LONG, lengths=(0, 0)), dict(pieces=1, sub=128)),
-    ("splits", dataclasses.replace(LONG, splits=4), dict(pieces=1, sub=128)),
-    ("window_and_sinks", dataclasses.replace(LONG, window=200, sinks=130), dict(pieces=2, sub=256)),
-    ("window_of_tokens", dataclasses.replace(LONG, window=200, sinks=3, tokens=3, splits=2), dict(pieces=1, sub=128)),
-    ("pages", dataclasses.replace(LONG, page=128), dict(pieces=2, sub=128, buffers=2)),
-    ("int8", dataclasses.replace(LONG, store="int8", v_lanes=True), dict(pieces=2, sub=256)),
-])
-def test_blocks_and_rows_in_any_number(name, case, plan, mode):
+PIPELINES = {
+    "one_piece_two_buffers": (LONG, dict(pieces=1, sub=128, buffers=2)),
+    "two_pieces_three_buffers": (LONG, dict(pieces=2, sub=128)),
+    "four_buffers": (LONG, dict(pieces=2, sub=256, buffers=4)),
+    "one_core": (LONG, dict(pieces=1, sub=128, cores=1)),
+    "first_and_last_row_empty": (dataclasses.replace(LONG, lengths=(0, 300, 0, 513, 0, 0)), dict(pieces=1, sub=128)),
+    "all_empty": (dataclasses.replace(LONG, lengths=(0, 0)), dict(pieces=1, sub=128)),
+    "splits": (dataclasses.replace(LONG, splits=4), dict(pieces=1, sub=128)),
+    "window_and_sinks": (dataclasses.replace(LONG, window=200, sinks=130), dict(pieces=2, sub=256)),
+    "window_of_tokens": (
+        dataclasses.replace(LONG, window=200, sinks=3, tokens=3, splits=2), dict(pieces=1, sub=128)),
+    "pages": (dataclasses.replace(LONG, page=128), dict(pieces=2, sub=128, buffers=2)),
+    "int8": (dataclasses.replace(LONG, store="int8", v_lanes=True), dict(pieces=2, sub=256)),
+}
+STORES = {
+    "paged_int8": Case(store="int8", v_lanes=True, page=128),
+    "paged_int4": Case(store="int4", v_lanes=True, page=128),
+    "paged_fp8": Case(store="float8_e4m3fn", page=128),
+    "paged_int8_of_64": Case(store="int8", page=64),
+    "paged_int8_window": Case(store="int8", page=64, window=70, sinks=5, lengths=(256, 230, 40)),
+    "fp8_bf16": Case(store="float8_e4m3fn", v_lanes=True),
+    "int4_rows": Case(store="int4"),
+    "v_lanes": Case(v_lanes=True),
+    "latent_lanes": Case(heads=16, k_heads=1, v_heads=1, key_dim=576, value_dim=512, view=True, k_lanes=True,
+                         lengths=(256, 131)),
+    "heads_in_shares": Case(heads=16, k_heads=16, v_heads=16, lengths=(256, 131)),
+    "heads_in_shares_int8": Case(heads=32, k_heads=16, v_heads=16, store="int8", v_lanes=True, lengths=(256, 131)),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_blocks_and_rows_in_any_number(name, mode):
+    case, plan = PIPELINES[name]
     check(case, mode, **plan)
 
 
-@pytest.mark.parametrize("name,case", [
-    ("paged_int8", Case(store="int8", v_lanes=True, page=128)),
-    ("paged_int4", Case(store="int4", v_lanes=True, page=128)),
-    ("paged_fp8", Case(store="float8_e4m3fn", page=128)),
-    ("paged_int8_of_64", Case(store="int8", page=64)),
-    ("paged_int8_window", Case(store="int8", page=64, window=70, sinks=5, lengths=(256, 230, 40))),
-    ("fp8_bf16", Case(store="float8_e4m3fn", v_lanes=True)),
-    ("int4_rows", Case(store="int4")),
-    ("v_lanes", Case(v_lanes=True)),
-    ("latent_lanes", Case(heads=16, k_heads=1, v_heads=1, key_dim=576, value_dim=512, view=True, k_lanes=True,
-                          lengths=(256, 131))),
-    ("heads_in_shares", Case(heads=16, k_heads=16, v_heads=16, lengths=(256, 131))),
-    ("heads_in_shares_int8", Case(heads=32, k_heads=16, v_heads=16, store="int8", v_lanes=True, lengths=(256, 131))),
-])
-def test_stores_beyond_the_suite(name, case, mode):
-    check(case, mode)
+@pytest.mark.parametrize("name", STORES)
+def test_stores_beyond_the_suite(name, mode):
+    check(STORES[name], mode)
 
 
 def test_float32(mode):
@@ -118,12 +124,10 @@ def test_unused_table_entries_are_never_read(mode):
     (dict(slots=200, lengths=(200,)), "200 slots are no multiple of 128"),
     (dict(page=16), "a page of 16 tokens is one copy"),
     (dict(page=64, v_lanes=True), "pages of 64 tokens along lanes"),
-    (dict(store="float16"), "held in float16"),
+    (dict(dtype="float16"), "held in float16"),
     (dict(heads=256, k_heads=1, v_heads=1, tokens=16, key_dim=256, value_dim=256, lengths=(256,)), "bytes of VMEM"),
 ])
 def test_refusals_name_the_limit(change, words):
-    if change.get("store") == "float16":
-        change = dict(dtype="float16")
     q, kv, positions, options = kernel_cases.build(Case(**change))
     with pytest.raises(KernelError, match=f"{words}.*xla can"):
         decode_attention(q, kv, positions, options, backend="mosaic_tpu", interpret=True)
