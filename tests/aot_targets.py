@@ -153,3 +153,28 @@ def loop_state(caches, batch: int):
     row = jnp.zeros((batch,), jnp.int32)
     state = decode.State(row, row, jnp.int32(1), jnp.zeros((batch, 16), jnp.int32), caches)
     return state, sampling.create(DecodeConfig(), batch)
+
+
+def splash_gradient(mesh, *, model: dict, length: int):
+    """Value and gradients of `kvattn.attention.flash.splash`, one sequence a chip."""
+    from kvattn import config
+    from kvattn.attention import flash, target
+    from kvattn.attention.dispatch import Operand
+    from kvattn.masks import Tokens
+
+    cfg = config.from_config_dict(model, config.ModelConfig)
+    n, k, h, v = cfg.n_heads, cfg.n_k_heads, cfg.head_dim, cfg.v_head_dim
+    shapes = [(mesh.size, length, n, h), (mesh.size, k, length, h), (mesh.size, k, length, v)]
+
+    def one(q, k, v):
+        tokens = Tokens(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], q.shape[:2]))
+        with target.of("tpu"):
+            out = flash.splash(cfg, 0, q, tokens, Operand(k, v, None, tokens))
+        return out.astype(jnp.float32).sum()
+
+    def body(*arrays):
+        return jax.grad(one, (0, 1, 2))(*arrays)
+
+    rows = P(mesh.axis_names)
+    fn = jax.shard_map(body, mesh=mesh, in_specs=(rows,) * 3, out_specs=(rows,) * 3, check_vma=False)
+    return Program(fn, tuple(abstract(mesh, s, mesh.axis_names) for s in shapes))

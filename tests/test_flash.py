@@ -18,11 +18,20 @@ from kvattn.attention.dispatch import Operand
 from kvattn.config import MaskConfig
 from kvattn.errors import UserError
 from kvattn.masks import Tokens, from_config
+from sharding.aot import Compiler
 from tests import tiny
 from tests.test_model import lively, tokens_of
 from tests.tolerances import F32_GRAD, F32_OP, F32_SHARDED, KERNEL_F16, close
 
 B, T = 3, 37
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    with Compiler(200) as child:
+        yield child
+
+
 LAYOUTS = {
     "whole": np.tile(np.arange(T), (B, 1)),
     "left_padded": np.stack([np.arange(T) - pad for pad in (0, 5, 36)]),
@@ -110,6 +119,21 @@ def test_splash_on_a_sharded_mesh_equals_one_device(devices):
                            kernel="splash")  # fmt: skip
         got = jax.jit(lambda p: model.forward(p, fast, inputs)[0].logits)(params)
     close(got, want, F32_SHARDED, "logits")
+
+
+@pytest.mark.parametrize("where,mesh", [
+    ("v5e:1x1", (1, 1, 1)), ("v6e:1x1", (1, 1, 1)), ("v5p:1x1x1", (1, 1, 1)), ("tpu7x:1x1x1", (2, 1, 1)),
+])
+def test_splash_and_its_gradient_compile_for_every_tpu(compiler, where, mesh):
+    """Training shapes, at the block sizes that flash.py takes; scores are never held."""
+    length, shapes = 4096, {"v5e:1x1": (4, 4, 64, 1024), "v6e:1x1": (4, 1, 256, 0)}
+    heads, k_heads, dim, window = shapes.get(where, (8, 2, 128, 0))
+    fields = dict(n_heads=heads, n_k_heads=k_heads, n_v_heads=k_heads, head_dim=dim, v_head_dim=dim,
+                  masks=[dict(window=window)])  # fmt: skip
+    report = compiler.compile("tests.aot_targets:splash_gradient", dict(model=fields, length=length), where, mesh)
+    assert hasattr(report, "memory"), report.reason
+    assert report.memory.temporaries < 2 * heads * length * length  # bytes: half of the scores in float32
+    assert report.cycles["kernel"] > 0
 
 
 # --- cuDNN ----------------------------------------------------------------------------------------------
