@@ -86,8 +86,8 @@ def merge(acc: jax.Array, top: jax.Array, total: jax.Array, count: jax.Array, gr
 
 
 def rows_of_slots(slot: jax.Array, count: jax.Array, groups: int, workers: int) -> tuple[jax.Array, jax.Array]:
-    """(row, used) of each slot: worker w wrote slot row + w if it took steps of that row, and only workers from the one
-    with the row's first step to the one with its last did."""
+    """(row, used) of each slot: worker w wrote slot row + w if it took steps of that row; those that did are from the
+    one with the row's first step to the one with its last, less workers without any step (few steps, many workers)."""
     each = jnp.repeat(count, groups)
     whole, ends = jnp.maximum(groups * count.sum(), 1), jnp.cumsum(each)
     index = jnp.arange(each.shape[0], dtype=jnp.int32)
@@ -98,4 +98,6 @@ def rows_of_slots(slot: jax.Array, count: jax.Array, groups: int, workers: int) 
     first = index + worker_of(jnp.minimum(ends - each, whole - 1))
     last = jnp.where(each > 0, index + worker_of(ends - 1), -1)
     row = jnp.maximum((first[None, :] <= slot[:, None]).sum(1, dtype=jnp.int32) - 1, 0)
-    return row, (slot >= first[row]) & (slot <= last[row])
+    worker = slot - row
+    busy = (worker + 1) * whole // workers > worker * whole // workers
+    return row, busy & (slot >= first[row]) & (slot <= last[row])
