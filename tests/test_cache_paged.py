@@ -215,12 +215,17 @@ def test_no_page_is_lost_or_given_twice(pages, steps):
                     n = tokens // 2 if row == other else n
                     known[r] = max(known.get(r, 0), n)
             elif what == "fork":
+                if known and tokens % 3:  # mostly a fork that can be: of a row that has pages, to one that has none
+                    row = sorted(known)[row % len(known)]
+                    other = next((r for r in range(6) if r not in known), other)
+                    tokens %= len(before[row]) * P + 1
                 copies = allocator.fork(row, other, tokens)
                 known[other] = tokens
                 shared = tokens // P
                 assert allocator.rows[other][:shared] == before[row][:shared]
                 assert copies == ([(before[row][shared], allocator.rows[other][shared])] if tokens % P else [])
             else:
+                row = sorted(known)[row % len(known)] if known else row
                 allocator.release(row)
                 del known[row]
         except UserError as error:
@@ -229,6 +234,32 @@ def test_no_page_is_lost_or_given_twice(pages, steps):
             if isinstance(error, paged.OutOfPages):
                 assert what != "release"
         invariants(allocator, known)
+
+
+def test_a_shared_page_is_free_when_nobody_has_it():
+    allocator = paged.Allocator(3, P)
+    allocator.allocate({0: 40})
+    allocator.release(0)
+    allocator.allocate({0: 33})
+    assert allocator.fork(0, 1, 32) == [] and allocator.rows == {0: (1, 2, 3), 1: (1, 2)}
+    allocator.release(0)
+    assert allocator.free == 1 and allocator.references(1) == allocator.references(2) == 1
+    allocator.allocate({2: 16})
+    assert allocator.rows == {1: (1, 2), 2: (3,)}
+    allocator.release(1)
+    assert allocator.free == 2
+
+
+def test_a_prefix_is_its_tokens_and_all_before_them():
+    """Two rows whose second pages hold the same tokens after different first pages."""
+    allocator, one = paged.Allocator(4, P), list(range(32))
+    other = [99, *one[1:]]
+    allocator.allocate({0: 32, 1: 32})
+    allocator.publish(0, one)
+    allocator.publish(1, other)
+    for row, ids, source in ((2, one, 0), (3, other, 1)):
+        assert allocator.reuse(row, [*ids, 5]) == 32
+        assert allocator.rows[row] == allocator.rows[source]
 
 
 def test_out_of_pages_is_said_before_anything_is_written():
