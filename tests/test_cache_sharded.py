@@ -42,7 +42,7 @@ def program(name, store, phase, layout, batch):
 
 @pytest.mark.parametrize(("name", "store", "layout"), [
     ("mqa", "int8", "ws_2d/by_seq:xyz"), ("mha", "v_lanes", "ws_2d/by_head:xyz"),
-    ("gqa", "lanes", "ws_2d/by_head:z+by_batch:xy"),
+    ("mqa", "lanes", "wg_xy/by_batch:z+by_seq:xy"),
 ])  # fmt: skip
 def test_codes_are_the_same_on_eight_chips(name, store, layout):
     """Prefill and decode in one layout."""
