@@ -87,6 +87,17 @@ def test_scales_of_values_over_many_powers_of_two(name, rng):
 
 
 @needs_gpu_jax
+@pytest.mark.parametrize("store,tolerance", [("int8", KERNEL_F16), ("int4", KERNEL_DIGITS)])
+def test_a_flat_tail_below_one_large_weight_is_not_rounded_away(store, tolerance):
+    """Weights of 1.4e-6 of the largest, 1023 of them with values seven times as large: one percent of the result."""
+    q = jnp.zeros((1, 1, 1, 64), jnp.bfloat16).at[..., 0].set(1)
+    k = jnp.zeros((1, 1, 1024, 64), jnp.int8).at[:, :, 0, 0].set(1).astype(store)
+    v = jnp.full((1, 1, 64, 1024), 7, jnp.int8).at[..., 0].set(1).astype(store)
+    kv = KV(Leaf(k), Leaf(v, lanes=True), jnp.array([1024], jnp.int32))
+    _equals("tail", q, kv, jnp.array([[1023]], jnp.int32), Options(13.5), tolerance)
+
+
+@needs_gpu_jax
 @pytest.mark.parametrize("name", ["int4", "fp8"])
 def test_a_store_without_scales(name):
     q, kv, positions, options = kernel_cases.build(kernel_cases.CASES[name])
