@@ -38,6 +38,8 @@ CASES = {
     "latent_window": Case(**LATENT, window=100, sinks=5, slots=512, lengths=(512, 90), soft_cap=3.0),
     "latent_rows_80": Case(**LATENT | dict(heads=80), lengths=(200, 64)),
     "latent_splits": Case(**LATENT, lengths=(256, 70), splits=3),
+    "width_128_256": Case(key_dim=128, value_dim=256, slots=512, lengths=(512, 100), heads=4, k_heads=1, v_heads=1),
+    "view_384": Case(heads=4, k_heads=1, v_heads=1, key_dim=384, value_dim=384, view=True, lengths=(256, 70)),
     "tied": Case(heads=6, k_heads=2, v_heads=2, view=True, start=256, lengths=(500, 257, 3)),
 }
 
@@ -199,6 +201,7 @@ REAL = {
     "paged_128": Real(page=128),
     "mqa_256": Real(heads=8, k_heads=1, key_dim=256, value_dim=256),
     "width_64": Real(heads=32, k_heads=8, key_dim=64, value_dim=64),
+    "widths_128_256": Real(value_dim=256),
     "rows_128": Real(heads=128, k_heads=1),
     "latent_16": dataclasses.replace(MLA, heads=16),
     "latent_64": dataclasses.replace(MLA, heads=64),

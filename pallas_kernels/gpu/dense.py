@@ -40,7 +40,7 @@ def plan_of(p: Problem, kv: KV, interpreted: bool) -> Plan:
     q_buffers = 1 if max(p.key_dim, p.value_dim) > 128 else 2
     fixed = ROWS * (2 * q_buffers * p.key_dim + 4 * turns * p.value_dim) + tiles.BARRIER_BYTES
     stages = (aot.SHARED_BLOCK - fixed) // (2 * BLOCK * (p.key_dim + p.value_dim))
-    return tiles.plan(p, kv, turns, max(2, min(8, stages) // 2 * 2), q_buffers, interpreted)
+    return tiles.plan(p, kv, turns, max(2, min(8, stages) // turns * turns), q_buffers, interpreted)
 
 
 def scratch(plan: Plan) -> dict[str, Any]:
