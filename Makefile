@@ -38,7 +38,7 @@ test-peers: ## live comparison with torch and transformers, in numbers and speed
 	@$(PEERS)/bin/python -m pytest $$(grep -l 'mark\.peers' tests/test_*.py) -m peers $(ARGS)
 	@$(MAKE) --no-print-directory bench ARGS=--rounds=3
 
-bench: ## the benchmarks, peers in alternation, JSON into experiments/results/
+bench: ## the benchmarks, peers in alternation, JSON into experiments/results/ (of kernels: on a GPU or TPU only)
 	@VERSIONS=3.11 EXTRA_PIP=torch==2.13.0 scripts/setup.sh $(PEERS) test,hf
 	@for file in experiments/bench_*.py; do $(PEERS)/bin/python -m experiments.$$(basename $$file .py) $(ARGS); done
 

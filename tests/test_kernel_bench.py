@@ -87,10 +87,7 @@ def test_bad_flags_are_one_sentence_and_exit_code_2():
         ("bench_kernels", "--sweeps=quick"): "--sweeps is no flag of this command (nearest valid: sweep)",
         ("bench_kernels", "--sweep=bars"): "--sweep=bars needs a GPU or TPU and this is a cpu; use --sweep=quick",
         ("bench_kernels", f"--output={default}"): "which holds figures of accelerators, and this is a cpu",
-        ("bench_kernels", "--plot", "--output=README.md"): "README.md is no record of bench_kernels",
         ("bench_decode", "--shapes=llama9"): "size is 'llama9'; choose one of",
-        ("bench_decode", "--shapes=tiny", "--candidates=xla/f8"): "--candidates has 'xla/f8'; write KERNEL/STORE",
-        ("bench_decode", "--shapes=tiny", "--context=8"): "give fewer new tokens than the context has",
     }
     running = {args: start(*args) for args in calls}
     for args, process in running.items():
@@ -98,6 +95,17 @@ def test_bad_flags_are_one_sentence_and_exit_code_2():
         assert code == 2 and out == "", args
         assert calls[args] in err and err.startswith("error: ") and err.count("\n") == 1, err
     assert default.exists() == existed
+
+
+def test_what_the_libraries_refuse():
+    with pytest.raises(UserError, match="README.md is no record of bench_kernels"):
+        report.read(ROOT / "README.md")
+    with pytest.raises(UserError, match="--candidates has 'xla/f8'; write KERNEL/STORE"):
+        decode_bench.run({}, default="x.json", candidates=["xla/f8"])
+    with pytest.raises(UserError, match="--new=64 --context=8 .*give fewer new tokens than the context has"):
+        decode_bench.run({}, default="x.json", context=8)
+    with pytest.raises(UserError, match="--rounds is 0"):
+        kernel_bench.run("quick", default="x.json", rounds=0, torch=NO_TORCH)
 
 
 def test_rows_of_other_versions_and_failed_rows_are_measured_again(tmp_path, capsys):
