@@ -192,7 +192,7 @@ def test_compiles_for_an_h200(name):
     print(f"{name}: {report.registers} registers, {report.shared_bytes} bytes shared, {report.spill_bytes} spilled, "
           f"{report.ctas_a_core(THREADS)} blocks an SM, {report.temp_bytes} bytes temporary, {report.seconds:.1f} s")
     assert report.spill_bytes == 0
-    assert report.shared_bytes <= quantised.SMEM_LIMIT
+    assert report.shared_bytes <= aot.SHARED_BLOCK
     assert report.ctas_a_core(THREADS) >= size.blocks
     elements = size.batch * size.slots * size.k_heads * size.dim
     cache = 2 * elements * {"int4": 4}.get(size.store, 8) // 8

@@ -20,14 +20,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import codes
 from pallas_kernels.contract import KV, Partial, Problem, combine
-from pallas_kernels.gpu import _api, quantised_body
+from pallas_kernels.gpu import _api, aot, quantised_body
 from pallas_kernels.gpu.quantised_body import Plan
 from pallas_kernels.gpu.quantised_products import digits_of, number_of
 from pallas_kernels.shapes import LOG2E, blocks, heads_of, round_up, row_positions, rows_of, stats_of
 
-SMEM_LIMIT = 232448  # bytes a block can have on Hopper
-SMEM_CORE = 233472  # bytes of a multiprocessor; each block costs 1024 besides its own
-MULTIPROCESSORS = 132
 REDUCTION_BYTES = 2048
 DTYPES = tuple(codes.LIMITS)
 
@@ -81,7 +78,7 @@ def most_rows(p: Problem) -> int:
 def room(plan: Plan) -> tuple[int, int]:
     """(blocks a multiprocessor, stages of each): as many blocks as registers allow, of two stages at least."""
     for resident in range(3 if plan.rows <= 8 else 2, 0, -1):
-        stages = (SMEM_CORE // resident - 1024 - fixed_bytes(plan)) // stage_bytes(plan)
+        stages = (aot.SHARED // resident - aot.RESERVED - fixed_bytes(plan)) // stage_bytes(plan)
         if stages >= 2:
             break
     return resident, min(4, stages)
@@ -94,15 +91,15 @@ def stage_bytes(plan: Plan) -> int:
 
 
 def fixed_bytes(plan: Plan) -> int:
-    """Shared memory of a block besides its stages: q, the weights, what reductions take, and what is rounded up."""
+    """Shared memory of a block besides its stages: q, the weights, what reductions take, barriers and alignment."""
     right = plan.rows * (plan.q_digits * plan.p.key_dim + plan.p_digits * plan.keys) * plan.operand.itemsize
-    return right + REDUCTION_BYTES + 2048
+    return right + REDUCTION_BYTES + 1024
 
 
 def split_count(tiles: int, lanes: int, resident: int, tile_bytes: int, part_bytes: int) -> int:
     """Splits of `tiles` that take the least time by this count: blocks run in waves of `resident` a multiprocessor,
     each reads its tiles after the time of one and a half to fill the pipeline; partial results are moved thrice."""
-    held, best = MULTIPROCESSORS * resident, None
+    held, best = aot.CORES * resident, None
     for splits in range(1, max(1, tiles // 2) + 1):
         time = -(-lanes * splits // held) * held * (-(-tiles // splits) + 1.5) * tile_bytes
         time += (splits > 1) * 3 * splits * lanes * part_bytes

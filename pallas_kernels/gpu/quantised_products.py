@@ -1,11 +1,12 @@
 """The two matmuls of quantised decode, by the kind of codes; none of them makes a wide copy of a tile in memory.
 
     int8   codes are an int8 operand as they lie in shared memory. q and the weights come in three digits of base 254,
-           side by side as columns, so that nothing is lost against float32: x = (d0 + (d1 + d2 / 254) / 254) max|x|/127
+           side by side as columns, x = (d0 + (d1 + d2 / 254) / 254) max|x| / 127: steps of 1.2e-7 of the largest. The
+           interpreter runs what the GPU runs
     int4   the same, of bytes: y = 16 high + low with signed nibbles splits in registers into y & -16 = 16 high and
            (y & 15) ^ 8 = low + 8, side by side an int8 operand in registers. What meets `high` is divided by 16, eight
-           times the sum of what meets `low` is taken off. Dimensions 2j and 2j + 1 of K share a byte, and
-           tokens 2t and 2t + 1 of V: a tile's tokens come in two sets, the even and the odd ones
+           times the sum of what meets `low` is taken off; weights have four digits. Dimensions 2j and 2j + 1 of K
+           share a byte, and tokens 2t and 2t + 1 of V: a tile's tokens come in two sets, the even and the odd ones
     fp8    codes go through registers to f16 (e4m3 has no way to bf16), q and the weights are f16
 
 Sets: S^T is a list of [plan.height, rows], one for each; row r of set i is token r * len(sets) + i of the tile.
