@@ -63,9 +63,10 @@ PIPELINES = {
     "two_pieces_three_buffers": (LONG, dict(pieces=2, sub=128)),
     "four_buffers": (LONG, dict(pieces=2, sub=256, buffers=4)),
     "one_core": (LONG, dict(pieces=1, sub=128, cores=1)),
-    "first_and_last_row_empty": (dataclasses.replace(LONG, lengths=(0, 300, 0, 513, 0, 0)), dict(pieces=1, sub=128)),
+    "empty_rows": (
+        dataclasses.replace(LONG, lengths=(0, 300, 0, 0, 513, 130, 0, 0)), dict(pieces=1, sub=128)),
     "all_empty": (dataclasses.replace(LONG, lengths=(0, 0)), dict(pieces=1, sub=128)),
-    "splits": (dataclasses.replace(LONG, splits=4), dict(pieces=1, sub=128)),
+    "splits": (dataclasses.replace(LONG, splits=2), dict(pieces=2, sub=256)),
     "window_and_sinks": (dataclasses.replace(LONG, window=200, sinks=130), dict(pieces=2, sub=256)),
     "window_of_tokens": (
         dataclasses.replace(LONG, window=200, sinks=3, tokens=3, splits=2), dict(pieces=1, sub=128)),
@@ -81,6 +82,7 @@ STORES = {
     "fp8_bf16": Case(store="float8_e4m3fn", v_lanes=True),
     "int4_rows": Case(store="int4"),
     "v_lanes": Case(v_lanes=True),
+    "short_rows": Case(lengths=(77, 1)),
     "latent_lanes": Case(heads=16, k_heads=1, v_heads=1, key_dim=576, value_dim=512, view=True, k_lanes=True,
                          lengths=(256, 131)),
     "heads_in_shares": Case(heads=16, k_heads=16, v_heads=16, lengths=(256, 131)),
