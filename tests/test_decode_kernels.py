@@ -19,7 +19,7 @@ from tests.test_model import lively, tokens_of
 from tests.tolerances import F32_DECODE, KERNEL_MODEL, close
 
 LENGTH, PROMPT = 13, 5
-WIDE = dict(n_layers=2, n_heads=4, n_k_heads=2, n_v_heads=2, head_dim=64, v_head_dim=64)
+WIDE = dict(n_layers=2, n_heads=4, n_k_heads=2, n_v_heads=2, head_dim=128, v_head_dim=128)
 MODELS = {
     "gqa": tiny.config(**{**WIDE, "n_layers": 1}),
     "window_sinks": tiny.config(**WIDE, masks=(MaskConfig(window=5, sinks=2), MaskConfig())),
@@ -33,8 +33,8 @@ TPU_STORES = {
     "lanes": dataclasses.replace(FULL, layout="lanes"),
     "int8": dataclasses.replace(FULL, dtype="int8"),
     "int8_channel": dataclasses.replace(FULL, dtype="int8", key_scale="channel"),
-    "paged": CacheConfig(kinds=("paged",), page_size=64),
-    "paged_int8": CacheConfig(kinds=("paged",), page_size=64, dtype="int8"),
+    "paged": CacheConfig(kinds=("paged",), page_size=128),
+    "paged_int8": CacheConfig(kinds=("paged",), page_size=128, dtype="int8"),
 }
 GPU_STORES = {
     "bf16": dataclasses.replace(FULL, dtype="bfloat16"),
@@ -109,6 +109,7 @@ def test_the_kernel_is_what_runs():
     (dict(decode_kernel="mosaic"), {}, "model.decode_kernel is 'mosaic'; choose one of xla, mosaic_tpu, mosaic_gpu"),
     (dict(decode_kernel="mosaic_tpu", tied_kv=True), {"multiple": 128}, "made from what is stored"),
     (dict(decode_kernel="mosaic_tpu"), {"capacity": 100}, r"cannot read this cache \(.*slots.*xla can"),
+    (dict(decode_kernel="mosaic_tpu", head_dim=64), {"multiple": 128}, "rows of 64 do not .*cache.layout lanes"),
     (dict(decode_kernel="mosaic_tpu"), {"kinds": ("paged",), "page_size": 16}, r"cannot read this cache \(.*page"),
     (dict(decode_kernel="mosaic_gpu"), {"multiple": 128}, r"cannot read this cache \(.*; mosaic_tpu and xla can"),
 ])

@@ -19,6 +19,7 @@ SIZES = dict(vocab_size=64, d_model=48, n_heads=8, n_k_heads=4, n_v_heads=4, d_f
              v_head_dim=16)  # fmt: skip
 ONE_HEAD = {"n_k_heads": 1, "n_v_heads": 1}
 BATCH, SLOTS, LENGTHS = 8, 1024, (1, 130, 700, 1023, 128, 129, 512, 6)
+LANES = CacheConfig(multiple=128, layout="lanes")
 CELLS = [
     ("gqa", {}, {}, "ws_2d/by_head:z+by_batch:xy"),
     ("mqa", ONE_HEAD, {}, "ws_2d/by_batch:xyz"),
@@ -45,7 +46,7 @@ def filled(cfg, store, rng):
 @pytest.mark.parametrize("name,change,store,layout", CELLS, ids=[f"{c[0]}-{c[3]}" for c in CELLS])
 def test_a_sharded_step_with_kernels_equals_one_chip(name, change, store, layout):
     cfg, rng = tiny.config(**(SIZES | change)), np.random.default_rng(3)
-    held = CacheConfig(multiple=128, **store)
+    held = dataclasses.replace(LANES, **store)
     params, caches = filled(cfg, held, rng)
     token = rng.integers(0, cfg.vocab_size, (BATCH, 1)).astype(np.int32)
     at = np.array(LENGTHS, np.int32)[:, None] - 1
@@ -62,7 +63,7 @@ def test_a_sharded_step_with_kernels_equals_one_chip(name, change, store, layout
 def test_a_program_that_the_compiler_partitions_takes_no_kernel():
     cfg = tiny.config(**SIZES, decode_kernel="mosaic_tpu")
     with target.of("tpu", interpret=True), pytest.raises(UserError, match="that the compiler partitions; write its"):
-        p = sharded.build(cfg, CacheConfig(multiple=128), "ws_2d/by_batch:xyz", mesh_of(), phase="decode", batch=BATCH,
+        p = sharded.build(cfg, LANES, "ws_2d/by_batch:xyz", mesh_of(), phase="decode", batch=BATCH,
                           context=SLOTS, weights="float32", overlap="compiler")
         jax.jit(p.fn).lower(*p.args)
 
@@ -70,7 +71,7 @@ def test_a_program_that_the_compiler_partitions_takes_no_kernel():
 def test_a_mesh_of_another_platform_raises():
     """The mesh says which chips the program is for."""
     cfg = tiny.config(**SIZES, decode_kernel="mosaic_tpu")
-    p = sharded.build(cfg, CacheConfig(multiple=128), "ws_2d/by_batch:xyz", mesh_of(), phase="decode", batch=BATCH,
+    p = sharded.build(cfg, LANES, "ws_2d/by_batch:xyz", mesh_of(), phase="decode", batch=BATCH,
                       context=SLOTS, weights="float32")
     with pytest.raises(UserError, match="a kernel for tpu, and this is a cpu"):
         jax.jit(p.fn).lower(*p.args)

@@ -16,6 +16,7 @@ from pallas_kernels import BACKENDS, KV, KernelError, Options, Partial, decode_a
 from sharding import partitioned
 
 STEP_TOKENS = 16  # T up to which a pass over a cache is a step; a longer chunk of a prefill is computed by xla
+LANES = 128
 DECODERS = ("xla", *BACKENDS)
 
 
@@ -57,6 +58,10 @@ def reason_against(cfg: ModelConfig, cache: CacheConfig, capacity: int = 0) -> s
         kv = VARIANTS[cfg.variant].kernel_kv(cfg, held[cfg.sources[layer]])
         if kv is None:
             return "keys and values are made from what is stored (tied K = V); use xla"
+        for leaf in (kv.k, kv.v or kv.k):
+            if BACKENDS[cfg.decode_kernel].platform == "tpu" and not leaf.lanes and leaf.dim % LANES:
+                return (f"rows of {leaf.dim} do not fill a TPU's {LANES} lanes, so that the cache would be copied; "
+                        "use cache.layout lanes")
         q = jax.ShapeDtypeStruct((1, 1, cfg.n_heads, cfg.head_dim), dtype)
         try:
             reason = why_not(cfg.decode_kernel, problem(q, kv, options(cfg, layer)))
