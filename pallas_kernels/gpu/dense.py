@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.contract import KV, Partial, Problem
-from pallas_kernels.gpu import _api, aot, schedule, tiles
+from pallas_kernels.gpu import _api, aot, tiles
 from pallas_kernels.gpu.tiles import BLOCK, ROWS, Plan
 
 DIMS = (64, 128, 256)
@@ -102,12 +102,11 @@ def _copy(plan: Plan, refs: dict[str, Any]) -> None:
 
 def _multiply(plan: Plan, refs: dict[str, Any], turn) -> None:
     p, n, turns = plan.p, plan.stages, plan.turns
-    worker, tile = lax.axis_index("worker"), lax.axis_index("tile")
-    column = plgpu.Layout.WGMMA.reduce(1)
+    tile = lax.axis_index("tile")
 
     def item(i, done):
         it, buffer = tiles.item_of(plan, refs, i), lax.rem(i, plan.q_buffers)
-        at = plgpu.load(refs["positions"].at[it.b, tiles.rows_here()], layout=column, optimized=False)
+        at = tiles.positions_of(refs, it)
         first = lax.rem(turn + turns - lax.rem(done, turns), turns)  # steps of all items are taken in turns
         plgpu.barrier_wait(refs["q_ready"].at[buffer])
 
@@ -130,7 +129,7 @@ def _multiply(plan: Plan, refs: dict[str, Any], turn) -> None:
         steps = lax.div(jnp.maximum(it.high - it.low - first, 0) + (turns - 1), turns)
         top, total, out = lax.fori_loop(0, steps, step, tiles.start(p.value_dim))
         plgpu.barrier_arrive(refs["q_free"].at[buffer])
-        slot = refs["work"][worker, schedule.SLOT] + i
+        slot = tiles.slot_of(plan, refs, i)
         refs["top"][turn, slot, tile] = top
         refs["total"][turn, slot, tile] = total
         staged = refs["o_smem"].at[turn]
@@ -150,6 +149,5 @@ def _multiply(plan: Plan, refs: dict[str, Any], turn) -> None:
 def run(q: jax.Array, kv: KV, positions: jax.Array, p: Problem, interpret) -> Partial:
     """Partial of q[B,T,N,H] at positions[B,T] over `kv`; see contract.py for shapes."""
     plan = plan_of(p, kv, bool(interpret))
-    given, count = tiles.operands(q, kv, positions, plan)
-    parts = tiles.launch(plan, body, given, scratch(plan), plan.turns + 1, "decode_dense", interpret)
-    return tiles.joined(plan, *parts, count)
+    given = tiles.operands(q, kv, positions, plan)
+    return tiles.launch(plan, body, given, scratch(plan), plan.turns + 1, "decode_dense", interpret)

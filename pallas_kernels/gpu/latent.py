@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.contract import KV, Partial, Problem
-from pallas_kernels.gpu import _api, aot, schedule, tiles
+from pallas_kernels.gpu import _api, aot, tiles
 from pallas_kernels.gpu.tiles import BLOCK, ROWS, Plan
 
 HALVES = 2  # warpgroups that multiply
@@ -104,14 +104,13 @@ def _multiply(plan: Plan, refs: dict[str, Any], half) -> None:
     the descriptors of all 36 products in registers, and spill others.
     """
     p, n, width = plan.p, plan.stages, plan.p.value_dim // HALVES
-    worker, tile = lax.axis_index("worker"), lax.axis_index("tile")
+    tile = lax.axis_index("tile")
     columns = pl.ds(pl.multiple_of(half * width, width), width)
     plgpu.set_max_registers(MULTIPLYING, action="increase")
 
     def item(i, done):
         it = tiles.item_of(plan, refs, i)
-        at = plgpu.load(
-            refs["positions"].at[it.b, tiles.rows_here()], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        at = tiles.positions_of(refs, it)
         plgpu.barrier_wait(refs["q_ready"])
 
         def step(j, carry):
@@ -130,7 +129,7 @@ def _multiply(plan: Plan, refs: dict[str, Any], half) -> None:
             return top, total, out
 
         top, total, out = lax.fori_loop(it.low, it.high, step, tiles.start(width))
-        slot = refs["work"][worker, schedule.SLOT] + i
+        slot = tiles.slot_of(plan, refs, i)
 
         @pl.when(half == 0)
         def _():
@@ -156,6 +155,5 @@ def _multiply(plan: Plan, refs: dict[str, Any], half) -> None:
 def run(q: jax.Array, kv: KV, positions: jax.Array, p: Problem, interpret) -> Partial:
     """Partial of q[B,T,N,H] at positions[B,T] over `kv`; see contract.py for shapes."""
     plan = plan_of(p, kv, bool(interpret))
-    given, count = tiles.operands(q, kv, positions, plan)
-    parts = tiles.launch(plan, body, given, scratch(plan), HALVES + 1, "decode_latent", interpret)
-    return tiles.joined(plan, *parts, count)
+    given = tiles.operands(q, kv, positions, plan)
+    return tiles.launch(plan, body, given, scratch(plan), HALVES + 1, "decode_latent", interpret)

@@ -13,13 +13,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.contract import KV, NEGATIVE, Partial, Problem, combine, key_positions
+from pallas_kernels.contract import KV, NEGATIVE, Problem, key_positions
 from pallas_kernels.gpu import _api, aot, schedule
-from pallas_kernels.shapes import LOG2E, Blocks, blocks, heads_of, round_up, row_positions, rows_of, stats_of
+from pallas_kernels.shapes import LOG2E, Blocks, blocks, round_up, row_positions, rows_of
 
 ROWS = 64  # of a warpgroup matmul
 BLOCK = 64  # keys a tile
-LENGTH, FIRST, COUNT, START = range(4)  # columns of rows[B,4] int32
+LENGTH, FIRST, COUNT, START, EARLIER, TOTAL, POSITIONS = range(7)  # columns of rows[B,6 + R] int32, R of the last
 ROW_TILES = 8  # each reads K and V again
 INTERPRETED_WORKERS = 3
 BEYOND = 2**30  # later than any position
@@ -66,7 +66,6 @@ class Plan:
         return schedule.slots(self.p.batch * self.p.groups, self.workers)
 
 
-
 def plan(p: Problem, kv: KV, turns: int, stages: int, q_buffers: int, interpreted: bool) -> Plan:
     """The rest of a plan."""
     row_tiles = -(-p.rows // ROWS)
@@ -99,7 +98,19 @@ def item_of(plan: Plan, refs: dict[str, Any], i) -> Item:
 
 
 def items_of(refs: dict[str, Any]):
-    return refs["work"][lax.axis_index("worker"), schedule.ITEMS]
+    return schedule.items(refs["work"], lax.axis_index("worker"))
+
+
+def positions_of(refs: dict[str, Any], item: Item):
+    """Position of each of this CTA's rows of queries, int32 [64]."""
+    here = refs["rows"].at[item.b, pl.ds(POSITIONS + lax.axis_index("tile") * ROWS, ROWS)]
+    return plgpu.load(here, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def slot_of(plan: Plan, refs: dict[str, Any], i):
+    """Slot of item i of this CTA."""
+    worker = lax.axis_index("worker")
+    return worker if plan.p.options.splits else refs["work"][worker, schedule.ROW] + i + worker
 
 
 def block_of(plan: Plan, item: Item, step):
@@ -211,35 +222,36 @@ def accumulate(plan: Plan, refs: dict[str, Any], turn, out, weights, v):
 # --- around the kernel --------------------------------------------------------------------------------------------
 
 
-def operands(q: jax.Array, kv: KV, positions: jax.Array, plan: Plan) -> tuple[dict[str, jax.Array], jax.Array]:
-    """What the kernel is given, by the names it uses, and the steps of each sequence [B]."""
+def operands(q: jax.Array, kv: KV, positions: jax.Array, plan: Plan) -> dict[str, jax.Array]:
+    """What the kernel is given, by the names it uses."""
     p = plan.p
     steps = blocks(kv, positions, p.options, BLOCK)
     begin = jnp.int32(0) if kv.start is None else jnp.asarray(kv.start, jnp.int32)
-    rows = jnp.stack([kv.length, steps.first, steps.count, jnp.broadcast_to(begin, kv.length.shape)], axis=1)
     if p.options.splits:
         work = schedule.split(steps.count, p.groups, p.options.splits)
     else:
         work = schedule.even(steps.count, p.groups, plan.workers)
-    given = dict(work=work, rows=rows.astype(jnp.int32), positions=row_positions(positions, p, ROWS),
-                 q=rows_of(q, p, ROWS), k=kv.k.values)
+    columns = (kv.length, steps.first, steps.count, jnp.broadcast_to(begin, kv.length.shape),
+               *schedule.before(steps.count))
+    rows = jnp.concatenate([jnp.stack(columns, axis=1).astype(jnp.int32), row_positions(positions, p, ROWS)], axis=1)
+    given = dict(work=work, rows=rows, q=rows_of(q, p, ROWS), k=kv.k.values)
     if kv.v is not None:
         given["v"] = kv.v.values
     if p.page:
         given["table"] = kv.table
-    return given, steps.count
+    return given
 
 
 def launch(plan: Plan, body, given: dict[str, jax.Array], scratch: dict[str, Any], threads: int, name: str, interpret):
-    """(acc[turns,slots,tiles,R,V], top and total[turns,slots,tiles,64]) of body(plan, refs) over workers and tiles of
-    rows, with `threads` warpgroups each."""
+    """Partial of body(plan, refs) over workers and tiles of rows, with `threads` warpgroups each: the body writes
+    acc[turns,slots,tiles,R,V], top and total[turns,slots,tiles,64], which are merged."""
     names = (*given, "acc", "top", "total")
     lead = (plan.turns, plan.slots, plan.tiles)
 
     def kernel(*refs, **held):
         body(plan, {**dict(zip(names, refs, strict=True)), **held})
 
-    return plgpu.kernel(
+    parts = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((*lead, plan.out_rows, plan.p.value_dim), jnp.float32),
                   *[jax.ShapeDtypeStruct((*lead, ROWS), jnp.float32)] * 2],
@@ -247,18 +259,11 @@ def launch(plan: Plan, body, given: dict[str, jax.Array], scratch: dict[str, Any
         thread_name="wg", kernel_name=name, compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=_api.interpreter(interpret),
     )(*given.values())
+    p = plan.p
 
+    def where(rows, b, j):
+        if p.options.splits:
+            return (b * p.groups + j) * p.options.splits, jnp.int32(p.options.splits)
+        return schedule.slots_of(b, j, rows[b, COUNT], rows[b, EARLIER], rows[b, TOTAL], p.groups, plan.workers)
 
-def joined(plan: Plan, acc: jax.Array, top: jax.Array, total: jax.Array, count: jax.Array) -> Partial:
-    """The Partial of what `launch` returned."""
-    p, b, j = plan.p, plan.p.batch, plan.p.groups
-    top, total = top[..., : plan.out_rows], total[..., : plan.out_rows]
-    acc, top, total = (x.reshape(plan.turns, plan.slots, -1, *x.shape[4:]) for x in (acc, top, total))
-    if p.options.splits:
-        shape = (plan.turns, b, j, p.options.splits)
-        each = [jnp.moveaxis(x.reshape(*shape, *x.shape[2:]), 3, 1) for x in (acc, top, total)]
-        each = [x.reshape(-1, *x.shape[2:]) for x in each]
-    else:
-        parts = schedule.merge(acc, top, total, count, j, plan.workers)
-        each = [x.reshape(-1, b, j, *x.shape[2:]) for x in parts]
-    return combine(heads_of(each[0], p), stats_of(each[1], p), stats_of(each[2], p))
+    return schedule.merge(*parts, given["rows"], where, (p.batch, p.tokens, p.heads, p.groups), interpret)
