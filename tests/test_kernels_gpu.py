@@ -74,9 +74,12 @@ def _walk(work, count, groups):
             yield [(row, step, row + worker) for step in range(begin, end)]
 
 
-@pytest.mark.parametrize("name", COUNTS)
+MANY = {"many": ([3, 0, 2] * 24, 2, 7), "many_empty": ([0] * 65 + [2], 3, 5), "none_of_many": ([0] * 70, 1, 3)}
+
+
+@pytest.mark.parametrize("name", COUNTS | MANY)
 def test_even_shares_take_every_step_once(name):
-    count, groups, workers = COUNTS[name]
+    count, groups, workers = (COUNTS | MANY)[name]
     work = schedule.even(jnp.asarray(count, jnp.int32), groups, workers)
     items = list(_walk(work, count, groups))
     taken = [(row, step) for item in items for row, step, _ in item]

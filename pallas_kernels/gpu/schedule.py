@@ -11,9 +11,10 @@ CTAs; each walks consecutive rows (its items) and takes of them a range of steps
 Both are tables that XLA makes from the lengths, so that nothing depends on lengths at compile time. Partial results go
 to slots, those of one row to consecutive ones: worker w of `even` writes slot row + w, of `split` slot w.
 
-Every XLA instruction that is no part of a fusion is a launch of microseconds, beside a hundred for a whole cache: the
-tables are element-wise sums over the sequences written out one by one, which XLA fuses as it would no reduction or
-scan, and one kernel, `merge`, joins the slots, however many a row has.
+Every kernel that XLA starts costs about two microseconds, beside some hundred for reading a whole cache: the tables are
+element-wise sums over the sequences written out one by one, which XLA fuses as it would no reduction or scan (more than
+UNROLLED sequences, whose cache takes longer to read too, cost a few launches more), and one kernel, `merge`, joins the
+slots, however many a row has.
 """
 
 import math
@@ -30,6 +31,7 @@ from pallas_kernels.gpu import _api
 from pallas_kernels.shapes import split_range
 
 ROW, LAST, LOW, HIGH = range(4)  # columns of work[workers,4] int32
+UNROLLED = 64  # sequences whose sums are written out one by one; of more that takes the compiler long
 TEAMS = 4  # warpgroups that share the slots of a row of queries
 AHEAD = 2  # slots each reads at a time
 
@@ -43,6 +45,18 @@ def even(count: jax.Array, groups: int, workers: int) -> jax.Array:
     worker, column = (lax.broadcasted_iota(jnp.int32, (workers, 4), axis) for axis in range(2))
     of_end = (column == LAST) | (column == HIGH)
     step = jnp.where(of_end, (worker + 1) * whole // active - 1, worker * whole // active)
+    b, first, steps = _find(step, count, groups)
+    row, within = b * groups + (step - first) // steps, (step - first) % steps + of_end.astype(jnp.int32)
+    found = jnp.where((column == ROW) | (column == LAST), row, within)
+    return jnp.where((worker < active) & (count.sum(dtype=jnp.int32) > 0), found, jnp.where(column == LAST, -1, 0))
+
+
+def _find(step: jax.Array, count: jax.Array, groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(sequence b that holds step `step` of all, its first step, count[b] or 1), each of step's shape (two axes)."""
+    if count.shape[0] > UNROLLED:
+        ends = groups * jnp.cumsum(count)
+        b = jnp.minimum((ends[None, None] <= step[..., None]).sum(-1, dtype=jnp.int32), count.shape[0] - 1)
+        return b, (ends - groups * count)[b], jnp.maximum(count[b], 1)
     b, first, steps = jnp.zeros_like(step), jnp.zeros_like(step), jnp.ones_like(step)
     begin = jnp.int32(0)  # of sequence i; scalars, which XLA adds up apart from the fusion: it compiles sooner
     for i in range(count.shape[0]):
@@ -50,18 +64,18 @@ def even(count: jax.Array, groups: int, workers: int) -> jax.Array:
         here = (step >= begin) & (n > 0)
         b, first, steps = jnp.where(here, i, b), jnp.where(here, begin, first), jnp.where(here, n, steps)
         begin = begin + groups * n
-    row, within = b * groups + (step - first) // steps, (step - first) % steps + of_end.astype(jnp.int32)
-    found = jnp.where((column == ROW) | (column == LAST), row, within)
-    return jnp.where((worker < active) & (begin > 0), found, jnp.where(column == LAST, -1, 0))
+    return b, first, steps
 
 
 def before(count: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(steps of one group in the sequences before each [B], in all [B] alike)."""
-    index = lax.iota(jnp.int32, count.shape[0])
-    earlier = jnp.zeros_like(count)
+    total = jnp.broadcast_to(count.sum(dtype=jnp.int32), count.shape)
+    if count.shape[0] > UNROLLED:
+        return jnp.cumsum(count) - count, total
+    index, earlier = lax.iota(jnp.int32, count.shape[0]), jnp.zeros_like(count)
     for b in range(count.shape[0] - 1):
         earlier = earlier + jnp.where(index > b, count[b], 0)
-    return earlier, jnp.broadcast_to(count.sum(dtype=jnp.int32), count.shape)
+    return earlier, total
 
 
 def split(count: jax.Array, groups: int, splits: int) -> jax.Array:
@@ -115,6 +129,7 @@ def merge(acc: jax.Array, top: jax.Array, total: jax.Array, table: jax.Array, wh
     there as the last with weight 0, and the first of them joins what they have.
     """
     turns, _, tiles, _, width = acc.shape
+    teams = 2 if interpret else TEAMS
     batch, tokens, heads, groups = shape
     group, lanes = heads // groups, top.shape[-1]
     layout = plgpu.Layout.WGMMA.reduce(1)
@@ -147,7 +162,7 @@ def merge(acc: jax.Array, top: jax.Array, total: jax.Array, table: jax.Array, wh
         def step(i, carry):
             tops, totals, values = [], [], []
             for ahead in range(AHEAD):
-                part = (i * AHEAD + ahead) * TEAMS + team
+                part = (i * AHEAD + ahead) * teams + team
                 at = jnp.minimum(part, count - 1)
                 at = lax.rem(at, jnp.int32(turns)), first + lax.div(at, jnp.int32(turns)), tile
                 here = part < count
@@ -156,7 +171,7 @@ def merge(acc: jax.Array, top: jax.Array, total: jax.Array, table: jax.Array, wh
                 values.append(plgpu.load(acc.at[*at, row], layout=layout, optimized=False))
             return join(carry, tops, totals, values)
 
-        each = TEAMS * AHEAD
+        each = teams * AHEAD
         mine = lax.fori_loop(0, lax.div(count + each - 1, jnp.int32(each)), step,
                              (full(NEGATIVE), full(0.0), full(0.0)))
         for k, x in enumerate(mine):
@@ -166,7 +181,7 @@ def merge(acc: jax.Array, top: jax.Array, total: jax.Array, table: jax.Array, wh
 
         @pl.when(team == 0)
         def _():
-            given = [[plgpu.load(parts.at[k, i], layout=layout, optimized=False) for i in range(1, TEAMS)]
+            given = [[plgpu.load(parts.at[k, i], layout=layout, optimized=False) for i in range(1, teams)]
                      for k in range(3)]
             a, s, o = join(mine, *given)
             out[b, t, n] = o / jnp.where(s == 0.0, 1.0, s)
@@ -176,9 +191,9 @@ def merge(acc: jax.Array, top: jax.Array, total: jax.Array, table: jax.Array, wh
     stats = jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32)
     return Partial(*plgpu.kernel(
         kernel, out_type=[jax.ShapeDtypeStruct((batch, tokens, heads, width), jnp.float32), stats, stats],
-        scratch_types=dict(parts=plgpu.SMEM((3, TEAMS, width), jnp.float32),
-                           done=plgpu.Barrier(num_arrivals=TEAMS)),
-        grid=(heads, tokens, batch), grid_names=("head", "token", "batch"), num_threads=TEAMS, thread_name="team",
+        scratch_types=dict(parts=plgpu.SMEM((3, teams, width), jnp.float32),
+                           done=plgpu.Barrier(num_arrivals=teams)),
+        grid=(heads, tokens, batch), grid_names=("head", "token", "batch"), num_threads=teams, thread_name="team",
         kernel_name="decode_merge", interpret=_api.interpreter(interpret),
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
     )(acc, top, total, table))
