@@ -112,7 +112,7 @@ def test_merged_slots_equal_one_softmax(name, turns, width, rng):
     """Each step is one key, a worker's are dealt to its turns; NaN lies in the slots that no worker wrote."""
     count, groups, workers = COUNTS[name]
     rows = len(count) * groups
-    score = rng.normal(size=(rows, max(max(count), 1))).astype(np.float32) * 5
+    score = rng.normal(size=(rows, max(max(count), 1))).astype(np.float32) * 5 - 30
     value = rng.normal(size=(*score.shape, width)).astype(np.float32)
     slots = schedule.slots(rows, workers)
     acc = np.full((turns, slots, 1, 8, width), np.nan, np.float32)
