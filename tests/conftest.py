@@ -32,6 +32,14 @@ def pytest_sessionstart(session):
         pytest.exit(f"the test session needs 8 fake CPU devices and has {count}; check XLA_FLAGS", 3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_module():
+    """Every compiled program holds memory maps, of which a process has 65,530: a worker that keeps the programs of the
+    whole suite dies of a segmentation fault in the compiler."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def devices():
     """The 8 fake CPU devices."""
