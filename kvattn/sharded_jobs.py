@@ -181,11 +181,12 @@ def measure_cut(job: dict) -> dict:
     ids = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, context)), jnp.int32)
     at = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), ids.shape)
     caches = caches_lib.create(cfg, store, batch, context)
-    plain = jax.jit(lambda *a: sharded._pass(cfg, True, *a))
+    here = jax.default_backend()
+    plain = jax.jit(lambda *a: sharded._pass(cfg, True, here, *a))
     if small["phase"] == "decode":
         first = [x[:, : context - 1] for x in (ids, at)]
         _, caches = plain(params, *first, caches)
-        plain, ids, at = jax.jit(lambda *a: sharded._pass(cfg, False, *a)), ids[:, -1:], at[:, -1:]
+        plain, ids, at = jax.jit(lambda *a: sharded._pass(cfg, False, here, *a)), ids[:, -1:], at[:, -1:]
     want = np.asarray(plain(params, ids, at, caches)[0])
     if _scanned(cfg, small["phase"]):
         params, caches = model_lib.stack_layers(params, cfg), model_lib.stack_caches(caches, cfg)

@@ -81,7 +81,7 @@ def test_decoding_with_a_kernel_equals_the_reference(kernel, name, store):
         return
     cfg, dtype = MODELS[name], jnp.float32 if platform == "tpu" else jnp.bfloat16
     params, tokens = lively(cfg), tokens_of(cfg, rows=2, length=LENGTH)
-    sizes = (1, 3, 1, 3)
+    sizes = (1, 3, 1, 3) if platform == "tpu" else (1, 1, 3)  # the GPU interpreter is slow
     want = decoded(params, cfg, held, tokens, sizes, dtype)
     with target.of(platform, interpret=True):
         got = decoded(params, with_kernel(cfg, kernel), held, tokens, sizes, dtype)

@@ -312,7 +312,7 @@ def kernel_config(module: hlo.Module) -> dict:
 
 @pytest.mark.parametrize("generation", SLICES)
 def test_compiles_within_vmem_and_without_a_copy_of_a_cache(generation, compiler, tmp_path, record_property):
-    for name in REAL:
+    for name in REAL if generation != "v4" else ("gqa8", "int8", "latent_lanes"):  # v4: the same core as v5p's
         report, module = compiled(compiler, "attend", {"name": name}, generation, tmp_path / "hlo")
         q, kv, _, options = operands(REAL[name])
         p = problem(q, kv, options)
