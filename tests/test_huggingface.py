@@ -331,7 +331,7 @@ def test_every_field_of_the_model_matters_to_an_export():
         "norm_placement": "post", "residual": "parallel_neox", "mlp": "geglu", "mlp_bias": True,
         "tied_embeddings": False, "embed_scale": 2.0, "logit_soft_cap": 3.0,
     }  # fmt: skip
-    execution = {"kernel", "decode_kernel", "scan_layers", "remat", "tied_kv"}  # tied_kv: written out as V = K, tested above
+    execution = {"kernel", "decode_kernel", "scan_layers", "remat", "tied_kv"}  # tied_kv: as V = K, tested above
     assert set(changes) | execution == {field.name for field in dataclasses.fields(ModelConfig)}
     for field, value in changes.items():
         try:
