@@ -351,9 +351,9 @@ def partitioned() -> bool:
     return active is not None and active.overlap is None and active.mesh.size > 1
 
 
-def per_chip(f: Callable, have: tuple[Names, ...], want: Any) -> Callable:
+def per_chip(f: Callable, have: tuple[Names, ...], want: Names) -> Callable:
     """f on each chip's part, for kernels that a compiler cannot partition. `have`: logical axes of each argument,
-    `want`: of the result (a tree of them). Without a context, and in manual code, f itself."""
+    `want`: of the result. Without a context, and in manual code, f itself."""
     active = _ACTIVE.get()
     if active is None or active.overlap is not None:
         return f
@@ -361,15 +361,7 @@ def per_chip(f: Callable, have: tuple[Names, ...], want: Any) -> Callable:
     def call(*args):
         rules, mesh = active.rules, active.mesh
         into = tuple(partition_spec(names, rules, a.shape, mesh) for names, a in zip(have, args, strict=True))
-        out = jax.tree.map(lambda names: PartitionSpec(*_targets(names, rules)), want, is_leaf=_is_names)
+        out = PartitionSpec(*(axes or None for axes in active.split(want)))
         return jax.shard_map(f, mesh=mesh, in_specs=into, out_specs=out, check_vma=False)(*args)
 
     return call
-
-
-def _is_names(x: Any) -> bool:
-    return isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
-
-
-def _targets(names: Names, rules: Rules) -> list[Any]:
-    return [(() if n is None else mesh_axes(rules, n)) or None for n in names]

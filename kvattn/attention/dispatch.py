@@ -72,9 +72,6 @@ def _merged(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operan
     parts = []
     for op in operands:
         if kernel and op.split:
-            if op.kv is None:
-                raise UserError(f"model.decode_kernel is {cfg.decode_kernel!r} and keys are made from what is stored "
-                                "(tied K = V); use xla.")
             parts.append(step(cfg, layer, q, q_tokens.positions, op.kv))
         else:
             parts.append(_in_blocks(partial, q, op))

@@ -13,10 +13,11 @@ from kvattn.attention import target
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.errors import UserError
 from pallas_kernels import BACKENDS, KV, KernelError, Options, Partial, decode_attention, problem, why_not
+from pallas_kernels.tpu.tuning import LANES
 from sharding import partitioned
 
 STEP_TOKENS = 16  # T up to which a pass over a cache is a step; a longer chunk of a prefill is computed by xla
-LANES = 128
+MADE = "keys and values are made from what is stored (tied K = V); use xla"
 DECODERS = ("xla", *BACKENDS)
 
 
@@ -26,13 +27,15 @@ def options(cfg: ModelConfig, layer: int) -> Options:
     return Options(cfg.scale, mask.window, mask.sinks, cfg.attn_soft_cap)
 
 
-def step(cfg: ModelConfig, layer: int, q: jax.Array, positions: jax.Array, kv: KV) -> Partial:
+def step(cfg: ModelConfig, layer: int, q: jax.Array, positions: jax.Array, kv: KV | None) -> Partial:
     """Attention of q[B,T,N,H] at positions[B,T] over `kv`, as a Partial.
 
-    Raises UserError off the kernel's platform, for a store it cannot read, and where the compiler partitions the
-    program over several chips: it cannot look into a kernel.
+    Raises UserError off the kernel's platform, for a store it cannot read (None: keys that are yet to be made), and
+    where the compiler partitions the program over several chips: it cannot look into a kernel.
     """
     name = cfg.decode_kernel
+    if kv is None:
+        raise UserError(f"model.decode_kernel is {name!r}: {MADE}.")
     target.need("model.decode_kernel", name, BACKENDS[name].platform)
     if partitioned():
         raise UserError(f"model.decode_kernel is {name!r} in a program that the compiler partitions; write its "
@@ -57,7 +60,7 @@ def reason_against(cfg: ModelConfig, cache: CacheConfig, capacity: int = 0) -> s
     for layer in range(cfg.n_layers):
         kv = VARIANTS[cfg.variant].kernel_kv(cfg, held[cfg.sources[layer]])
         if kv is None:
-            return "keys and values are made from what is stored (tied K = V); use xla"
+            return MADE
         for leaf in (kv.k, kv.v or kv.k):
             if BACKENDS[cfg.decode_kernel].platform == "tpu" and not leaf.lanes and leaf.dim % LANES:
                 return (f"rows of {leaf.dim} do not fill a TPU's {LANES} lanes, so that the cache would be copied; "

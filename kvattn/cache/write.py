@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-LANES = 128  # of a TPU's tile
+from pallas_kernels.tpu.tuning import LANES
+
 ROW_WRITES = 8  # up to this batch one token is written row by row in place (on CPU); above, by one scatter
 
 Arrays = dict[str, jax.Array]
