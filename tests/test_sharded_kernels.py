@@ -10,7 +10,7 @@ from kvattn import cache, model, sharded
 from kvattn.attention import target
 from kvattn.config import CacheConfig
 from kvattn.errors import UserError
-from tests import shapes, tiny
+from tests import tiny
 from tests.test_model import lively
 from tests.test_sharded import mesh_of
 from tests.tolerances import F32_SHARDED, close
@@ -26,12 +26,6 @@ CELLS = [
     ("mqa", ONE_HEAD, {}, "ws_1d/by_seq:xyz"),
     ("int8", {}, {"dtype": "int8"}, "ws_2d/by_head:z+by_seq:xy"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def local_shapes(monkeypatch):
-    """Inside a shard_map arrays have the shapes of one chip, which the session's shape checks do not know."""
-    monkeypatch.setattr(shapes, "_is", lambda *_: None)
 
 
 def filled(cfg, store, rng):

@@ -18,11 +18,11 @@ from kvattn.attention import target
 from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.masks import Tokens
+from pallas_kernels.tpu.tuning import LANES
 from sharding import per_chip
 
 SPLASH_BLOCK = 1024  # queries and keys of a block: above, a v5e's 16 MiB of scoped VMEM do not hold them
 SPLASH_COMPUTE = 512
-_LANES = 128
 
 _Q = ("fresh_batch", "act_length", "fresh_heads", "act_head_dim")
 _IDS = ("fresh_batch", "act_length")
@@ -110,8 +110,8 @@ def _splash_rows(q, k, v, ids, *, scale: float, window: int, cap: float, interpr
     from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
     length = q.shape[1]
-    padded = -(-length // _LANES) * _LANES
-    block = max(b for b in range(_LANES, SPLASH_BLOCK + 1, _LANES) if padded % b == 0)
+    padded = -(-length // LANES) * LANES
+    block = max(b for b in range(LANES, SPLASH_BLOCK + 1, LANES) if padded % b == 0)
     inner = block if block <= SPLASH_COMPUTE or block % SPLASH_COMPUTE else SPLASH_COMPUTE
     sizes = lib.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=inner, block_q_dkv=block, block_kv_dkv=block,
