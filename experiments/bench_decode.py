@@ -12,8 +12,9 @@ import tempfile
 from absl import flags
 
 from configs import sizes
-from experiments import peers
-from kvattn import cli, decode_bench
+from experiments.bench import decode_shapes as decode_bench
+from experiments.bench import peers
+from experiments.common import cli
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "any checkpoint that kvattn reads")
 TEXT = flags.DEFINE_string("text", "", "a file for the prompts; empty = the held-out plays")

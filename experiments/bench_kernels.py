@@ -13,9 +13,12 @@ import sys
 
 from absl import flags
 
-from experiments import peers
-from kvattn import cli, kernel_bench, kernel_bench_plot, kernel_bench_report
-from kvattn.kernel_bench_shapes import SWEEPS
+from experiments.bench import kernel_plot as kernel_bench_plot
+from experiments.bench import kernel_report as kernel_bench_report
+from experiments.bench import kernels as kernel_bench
+from experiments.bench import peers
+from experiments.bench.kernel_shapes import SWEEPS
+from experiments.common import cli
 
 SWEEP = flags.DEFINE_string("sweep", "", f"{' | '.join(SWEEPS)}; empty = default, or quick on a CPU")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of each candidate")

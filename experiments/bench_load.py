@@ -7,8 +7,8 @@ Writes experiments/results/bench_load.json.
 
 from absl import flags
 
-from experiments import peers
-from kvattn import cli
+from experiments.bench import peers
+from experiments.common import cli
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "any checkpoint that kvattn reads")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "new processes")

@@ -10,8 +10,8 @@ import tempfile
 
 from absl import flags
 
-from experiments import peers
-from kvattn import cli
+from experiments.bench import peers
+from experiments.common import cli
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "any checkpoint that kvattn reads")
 TEXT = flags.DEFINE_string("text", "", "a file to train on; empty = the held-out plays")

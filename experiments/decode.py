@@ -11,8 +11,12 @@ import sys
 import jax
 from absl import flags
 
-from kvattn import account, cli, convert, corpora, data, decode, formats
+from experiments.common import cli
+from kvattn import account, convert, formats
 from kvattn.config import Experiment, executed
+from kvattn.data import batches as data
+from kvattn.data import corpora
+from kvattn.decode import generate as decode
 from kvattn.errors import UserError
 
 JSON = flags.DEFINE_bool("json", False, "print one line of JSON on stdout instead of streaming")

@@ -8,8 +8,9 @@ import json
 
 from absl import flags
 
-from kvattn import cli, evaluate
+from experiments.common import cli
 from kvattn.config import Experiment
+from kvattn.evaluate import perplexity as evaluate
 
 JSON = flags.DEFINE_bool("json", False, "print the result as one line of JSON on stdout")
 SHORTCUTS = {

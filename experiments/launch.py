@@ -15,7 +15,10 @@ from pathlib import Path
 
 from absl import flags
 
-from kvattn import cli, launch, launch_local, launch_targets
+from experiments.common import cli
+from experiments.launching import command as launch
+from experiments.launching import local as launch_local
+from experiments.launching import targets as launch_targets
 from kvattn.errors import UserError
 
 RUN = flags.DEFINE_string("run", "print", "print the script or manifest (--out: write it) | local: start processes")

@@ -9,8 +9,10 @@ float32.
 
 from absl import flags
 
-from kvattn import cli, formats, scoring
+from experiments.common import cli
+from kvattn import formats
 from kvattn.config import CacheConfig
+from kvattn.evaluate import scoring
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "smollm2, a directory or a .gguf file")
 TOKENS = flags.DEFINE_string("tokens", "", "NumPy file of integer token ids [T] or [B,T]")

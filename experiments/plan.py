@@ -16,12 +16,13 @@ from absl import flags
 from rich.console import Console
 
 from configs.sizes import size
-from kvattn import cli, plan
+from experiments.common import cli
+from kvattn import plan
 from kvattn.config import CacheConfig
 
 SIZE = flags.DEFINE_string("size", "palm-540b", "row of configs/sizes.py")
 SLICE = flags.DEFINE_string("slice", "", "v4:4x4x4, v5e:8x8, H200:8, ...; instead of --chip and --chips")
-CHIP = flags.DEFINE_string("chip", "v4", "row of sharding/hardware.py")
+CHIP = flags.DEFINE_string("chip", "v4", "row of sharding/cost/hardware.py")
 CHIPS = flags.DEFINE_integer("chips", 64, "number of chips")
 BATCH = flags.DEFINE_integer("batch", 64, "sequences of the pass")
 CONTEXT = flags.DEFINE_integer("context", 2048, "tokens per sequence when the pass ends")

@@ -8,9 +8,10 @@ with code 0. Several processes: set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES a
 KVATTN_DISTRIBUTED=1 where jax finds them by itself; experiments.launch does either.
 """
 
-from kvattn import cli, train
+from experiments.common import cli
 from kvattn.config import Experiment
 from kvattn.errors import UserError
+from kvattn.train import loop as train
 
 
 def main(cfg: Experiment) -> int:

@@ -6,8 +6,8 @@
 Resumes and stops as experiments.train does.
 """
 
+from experiments.common import cli
 from experiments.train import main
-from kvattn import cli
 
 if __name__ == "__main__":
     cli.run(main, default="configs/uptrain_gqa.py")

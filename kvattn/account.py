@@ -22,7 +22,7 @@ from kvattn import model, spec
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
 from kvattn.errors import UserError
 from pallas_kernels import codes
-from sharding.hardware import CHIPS, Chip
+from sharding.cost.hardware import CHIPS, Chip
 
 PHASES = ("prefill", "decode", "train")
 
@@ -207,7 +207,7 @@ def roofline_decode(
 
     Memory traffic = every weight once (of an untied embedding table only the batch's rows) + for each layer
     the K and V it sees. A layer that reads another's cache reads it again, so cross-layer sharing saves
-    capacity, not traffic (arXiv 2405.12981, section 2.3). `chip` is a row of sharding.hardware.CHIPS or its
+    capacity, not traffic (arXiv 2405.12981, section 2.3). `chip` is a row of sharding.cost.hardware.CHIPS or its
     name; whether the cache fits its memory is not asked here.
 
     Raises UserError: unknown chip, batch or context below 1.

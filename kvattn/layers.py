@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn.config import ModelConfig, RopeConfig
-from kvattn.recompute import recompute
+from kvattn.rematerialise import recompute
 from kvattn.spec import ParamSpec
 from sharding import matmul, mean, once, reshard, take_rows
 
-# Layouts of activations [B,T,D] and [B,T,F], by the logical axes of sharding/rules.py and sharding/layouts.py.
+# Layouts of activations [B,T,D] and [B,T,F], by the logical axes of sharding/layout/rules.py and sharding/layout/layouts.py.
 RESIDUAL = ("res_batch", "act_length", "res_embed")  # between blocks
 BLOCK = ("act_batch", "act_length", "act_embed")  # what a block's matmuls read
 HIDDEN = ("act_batch", "act_length", "act_mlp")
@@ -94,7 +94,7 @@ def dense(
     """x[B,T,*in] times w[*in,*out] plus bias[*out], as one [rows, in] x [in, out] matmul.
 
     `axes`: w's logical axes, `have`: x's, `want`: the result's; None leaves the sum over the chips that split w's
-    first dim open (sharding.reduce ends it). w is an array or an int8 weight (kvattn.weights).
+    first dim open (sharding.reduce ends it). w is an array or an int8 weight (kvattn.int8_weights).
     """
     y = matmul(x, w, axes, have, want)
     if bias is None:

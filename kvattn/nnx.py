@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kvattn import cache as caching
-from kvattn import decode, model, spec
+from kvattn import model, spec
 from kvattn.attention.view import View
 from kvattn.config import CacheConfig, ModelConfig, validate
+from kvattn.decode import generate as decode
 from kvattn.errors import UserError
 
 
@@ -184,7 +185,7 @@ class Decoder(_Tree):
         return caching.create(self.cfg, cache or CacheConfig(), batch, capacity)
 
     def prefill(self, tokens: jax.Array, positions: jax.Array, caches: Any, *, chunk: int = 0) -> tuple[jax.Array, Any]:
-        """Fills empty caches with a prompt; see kvattn.decode.prefill. Returns logits[B,W] of each row's last
+        """Fills empty caches with a prompt; see kvattn.decode.generate.prefill. Returns logits[B,W] of each row's last
         token, and the caches."""
         return decode.prefill(self.to_params(), self.cfg, tokens, positions, caches, chunk)
 

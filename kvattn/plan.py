@@ -5,7 +5,7 @@
     p.best.layout.name, p.best.mesh, p.best.seconds
     print(p.table())
 
-Every layout is tried on every factorisation of the chips; `sharding.cost` predicts each. None of the papers' rules
+Every layout is tried on every factorisation of the chips; `sharding.cost.prediction` predicts each. None of the papers' rules
 (weight-stationary for few tokens, batch-sharded MQA in decode) is written here: they come out of the model.
 """
 
@@ -18,13 +18,15 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from experiments.launching import command as launch
 from kvattn import cache as caches
-from kvattn import launch, model, plan_report, spec
+from kvattn import model, plan_report, spec
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.errors import UserError
-from sharding import ShardingError, cost, layouts
-from sharding.hardware import CHIPS, Chip
-from sharding.layouts import Layout
+from sharding import ShardingError, cost
+from sharding.cost.hardware import CHIPS, Chip
+from sharding.layout import layouts
+from sharding.layout.layouts import Layout
 
 # Pope et al., arXiv 2211.05102: mesh shapes by chip count in the authors' code.
 DEFAULT_MESHES = {

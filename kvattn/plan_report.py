@@ -6,7 +6,7 @@ from rich.table import Table
 
 from kvattn.errors import UserError
 from sharding import cost
-from sharding.layouts import Layout
+from sharding.layout.layouts import Layout
 
 if TYPE_CHECKING:
     from kvattn.plan import Candidate, Plan

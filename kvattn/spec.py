@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter. `axes` names every dimension (see sharding/rules.py). `init` is normal | zeros | ones;
+    """One parameter. `axes` names every dimension (see sharding/layout/rules.py). `init` is normal | zeros | ones;
     normal draws with standard deviation `scale` (0 = fan_in ** -0.5 over the dims named in `fan_in`)."""
 
     shape: tuple[int, ...]

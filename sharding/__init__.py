@@ -1,6 +1,6 @@
 """Where arrays live: meshes, logical-axis rules, decode layouts and their application. Imports jax only."""
 
-from sharding.apply import (
+from sharding.layout.apply import (
     constrain,
     matmul,
     mean,
@@ -19,8 +19,8 @@ from sharding.apply import (
     use_rules,
     whole,
 )
-from sharding.mesh import make_mesh
-from sharding.rules import RULES, Rules, ShardingError
+from sharding.layout.mesh import make_mesh
+from sharding.layout.rules import RULES, Rules, ShardingError
 
 __all__ = [
     "RULES",

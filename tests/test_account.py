@@ -13,8 +13,8 @@ from kvattn import account, cache, model
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
 from kvattn.convert import cross_layer
 from kvattn.errors import UserError
-from sharding import hardware
-from tests import tiny
+from sharding.cost import hardware
+from tests.helpers import tiny
 
 BF16 = CacheConfig(dtype="bfloat16")
 

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvattn import model, weights
+from kvattn import int8_weights as weights
+from kvattn import model
 from kvattn.attention.core import attend_partial
 from kvattn.errors import UserError
-from tests import tiny
-from tests.test_model import lively, tokens_of
-from tests.tolerances import F32_MODEL, F32_OP, close
+from tests.helpers import tiny
+from tests.helpers.models import lively, tokens_of
+from tests.helpers.tolerances import F32_MODEL, F32_OP, close
 
 CASES = {
     "serial, tied": tiny.config(),

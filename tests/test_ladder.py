@@ -11,9 +11,9 @@ from kvattn import cache, layers, model
 from kvattn.config import CacheConfig, MaskConfig, validate
 from kvattn.errors import UserError
 from kvattn.formats import huggingface
-from tests import oracles, tiny
-from tests.test_model import LENGTH, lively, run, tokens_of
-from tests.tolerances import EXACT, F32_DECODE, F32_GRAD, F32_MODEL, close
+from tests.helpers import oracles, tiny
+from tests.helpers.models import LENGTH, lively, run, tokens_of
+from tests.helpers.tolerances import EXACT, F32_DECODE, F32_GRAD, F32_MODEL, close
 
 CASES = {
     "gqa": tiny.config(residual="ladder"),

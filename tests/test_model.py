@@ -10,28 +10,11 @@ import pytest
 from kvattn import config, model, spec
 from kvattn.config import MaskConfig
 from kvattn.errors import UserError
-from tests import oracles, tiny
-from tests.tolerances import EXACT, F32_GRAD, F32_MODEL, close
+from tests.helpers import oracles, tiny
+from tests.helpers.models import LENGTH, lively, run, tokens_of
+from tests.helpers.tolerances import EXACT, F32_GRAD, F32_MODEL, close
 
-LENGTH = 13
 LOOPED = {name: cfg for name, cfg in tiny.CASES.items() if not cfg.scan_layers}
-
-
-def lively(cfg, seed=3):
-    """Parameters with no zeros or ones: norms, biases and offsets all draw random values."""
-    params = model.init(jax.random.key(seed), cfg)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
-
-
-def tokens_of(cfg, rows=2, length=LENGTH, seed=5):
-    return np.random.default_rng(seed).integers(0, cfg.vocab_size, (rows, length)).astype(np.int32)
-
-
-def run(params, cfg, tokens, **kw):
-    return jax.jit(model.forward, static_argnums=1)(params, cfg, model.Inputs(jnp.asarray(tokens), **kw))[0].logits
 
 
 @pytest.mark.parametrize("name", sorted(LOOPED))

@@ -11,8 +11,8 @@ from kvattn import cache, model
 from kvattn import nnx as door
 from kvattn.config import CacheConfig
 from kvattn.errors import UserError
-from tests import tiny
-from tests.tolerances import EXACT, F32_DECODE, F32_GRAD, F32_MODEL, close
+from tests.helpers import tiny
+from tests.helpers.tolerances import EXACT, F32_DECODE, F32_GRAD, F32_MODEL, close
 
 
 def tokens_of(cfg, length=7, rows=2, seed=1):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn.recompute import recompute
-from tests.tolerances import F32_GRAD, F32_OP, close
+from kvattn.rematerialise import recompute
+from tests.helpers.tolerances import F32_GRAD, F32_OP, close
 
 
 def _chain(wrap):

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from kvattn import cache, layers, model, sharded, weights
+from kvattn import cache, layers, model
+from kvattn import int8_weights as weights
 from kvattn.config import CacheConfig
+from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
-from kvattn.weights import Int8
-from sharding.apply import matmul, multiply, take_rows
-from tests import tiny
-from tests.test_model import lively, run, tokens_of
-from tests.tolerances import EXACT, F32_MODEL, F32_OP, F32_SHARDED, close
+from kvattn.int8_weights import Int8
+from sharding.layout.apply import matmul, multiply, take_rows
+from tests.helpers import tiny
+from tests.helpers.models import lively, run, tokens_of
+from tests.helpers.tolerances import EXACT, F32_MODEL, F32_OP, F32_SHARDED, close
 
 # Of each matmul weight, the dims that the matmul sums over: its channels are the others.
 INNER = {"q": (0,), "k": (0,), "v": (0,), "o": (0, 1), "gate": (0,), "up": (0,), "down": (0,), "embed": (1,),

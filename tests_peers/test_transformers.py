@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformers
 
-from kvattn import data, decode, formats, model
+from kvattn import formats, model
 from kvattn.config import CacheConfig, DataConfig, DecodeConfig
+from kvattn.data import batches as data
+from kvattn.decode import generate as decode
 from kvattn.formats import huggingface as hf
-from tests import test_huggingface as ours
-from tests.tolerances import EXACT, HF_SMOLLM2, HF_TINY, close
+from tests.formats import test_huggingface as ours
+from tests.helpers.tolerances import EXACT, HF_SMOLLM2, HF_TINY, close
 
 TOKENS, NEW = 512, 64
 

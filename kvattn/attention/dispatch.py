@@ -19,7 +19,7 @@ from kvattn.attention.step import STEP_TOKENS, step
 from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.masks import Tokens
-from kvattn.recompute import recompute
+from kvattn.rematerialise import recompute
 from pallas_kernels import KV, Leaf
 from sharding import merge_softmax, whole
 

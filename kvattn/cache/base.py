@@ -15,11 +15,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kvattn import legality
 from kvattn.cache import paged, quantized
 from kvattn.cache.quantized import Entry
 from kvattn.cache.write import ROW_WRITES, write
-from kvattn.config import CacheConfig, ModelConfig
+from kvattn.config import CacheConfig, ModelConfig, legality
 from kvattn.errors import UserError
 from pallas_kernels import KV, codes
 from pallas_kernels.contract import key_positions

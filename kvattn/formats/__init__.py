@@ -70,6 +70,6 @@ def _gguf(path: str, dtype: str) -> tuple[ModelConfig, dict[str, Any], Any]:
 
 
 def _checkpoint(path: str, dtype: str) -> Loaded:
-    from kvattn import checkpoint
+    from kvattn.train import checkpoint
 
     return Loaded(*checkpoint.load_model(path, dtype), source=path)

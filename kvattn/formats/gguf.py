@@ -20,8 +20,8 @@ import numpy as np
 from kvattn import config as config_lib
 from kvattn import layers as layers_lib
 from kvattn import model as model_lib
-from kvattn import tokenizer as tokenizer_lib
 from kvattn.config import ModelConfig, RopeConfig
+from kvattn.data import tokenizer as tokenizer_lib
 from kvattn.errors import UserError
 from kvattn.formats import gguf_file
 from kvattn.formats.gguf_file import File, refuse

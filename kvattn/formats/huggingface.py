@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn import model, spec
-from kvattn import tokenizer as tokenizer_lib
 from kvattn.config import ModelConfig
+from kvattn.data import tokenizer as tokenizer_lib
 from kvattn.errors import UserError
 from kvattn.formats import safetensors_io as st
 from kvattn.formats.architectures import (
@@ -37,7 +37,7 @@ from kvattn.formats.architectures import (
     write_config,
 )
 from kvattn.formats.config_rules import canonical
-from kvattn.formats.layouts import LAYOUTS
+from kvattn.formats.tensor_names import LAYOUTS
 
 MAX_CONFIG_BYTES = 4 << 20
 SHARD_BYTES = 5 << 30

@@ -20,7 +20,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer
 
 from kvattn import formats
-from tests import gguf_builder as build
+from tests.helpers import gguf_builder as build
 
 TEXTS = [
     "",

@@ -1,0 +1,1 @@
+"""Benchmarks of kernels and of decoding, and the peers beside them."""

@@ -1,0 +1,1 @@
+"""What every command shares: the door, journals, child processes, machines, plots."""

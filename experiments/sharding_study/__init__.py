@@ -1,0 +1,1 @@
+"""The sharding study: predicted, compiled, measured."""

@@ -1,0 +1,264 @@
+"""Programs of a sharding study that run in other processes: plain dicts in, a program or a measurement out.
+
+    program(mesh, model={...}, cache={...}, layout="ws_2d/by_batch:xyz", phase="decode", batch=64, context=2048)
+
+is a target of `sharding.compiler.aot.Compiler`. `python -m experiments.sharding_study.jobs` reads one such job a line, builds the small cut
+of the model that `cut` says, runs it for real on 8 fake CPU devices, and answers one line: milliseconds, and how far
+its logits are from those of the unsharded model.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvattn import cache as caches_lib
+from kvattn import config as config_lib
+from kvattn import int8_weights as weights_lib
+from kvattn import model as model_lib
+from kvattn.config import CacheConfig, ModelConfig
+from kvattn.decode import partitioned as sharded
+from kvattn.errors import UserError
+from sharding.compiler.doctor import Expectations
+from sharding.layout import layouts
+
+LANES = 128  # a TPU tile's width: logits compile in minutes where a chip's vocabulary is no multiple of it
+FAKE_DEVICES = 8
+CUT_CONTEXT = 64
+TARGET = "experiments.sharding_study.jobs:program"
+_HLO = {"float32": "f32", "bfloat16": "bf16", "int8": "s8"}
+
+
+def padded(cfg: ModelConfig, chips: int) -> tuple[ModelConfig, tuple[str, ...]]:
+    """(the model as `chips` chips hold it, what was padded): the vocabulary to a multiple of 128 x chips, and, with one
+    K/V head, the query heads to a multiple of the chips (zero heads; Pope et al., arXiv 2211.05102, table 1). With more
+    K/V heads a new query head would need a group, so those are left as they are."""
+    vocab = _up(cfg.vocab_size, LANES * chips)
+    heads = _up(cfg.n_heads, chips) if cfg.n_k_heads == cfg.n_v_heads == 1 else cfg.n_heads
+    notes = []
+    if vocab != cfg.vocab_size:
+        notes.append(f"W {cfg.vocab_size} -> {vocab}")
+    if heads != cfg.n_heads:
+        notes.append(f"N {cfg.n_heads} -> {heads}")
+    return dataclasses.replace(cfg, vocab_size=vocab, n_heads=heads), tuple(notes)
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+def program(
+    mesh: jax.sharding.Mesh, *, model: dict, cache: dict, layout: str, phase: str, batch: int, context: int,
+    tokens: int = 0, weights: str = "bfloat16", overlap: str = "none",
+) -> sharded.Program:  # fmt: skip
+    """`kvattn.decode.partitioned.build` of the padded model, from dicts of ModelConfig and CacheConfig fields.
+
+    Raises UserError and ShardingError as build does.
+    """
+    cfg = config_lib.from_config_dict(model, ModelConfig)
+    store = config_lib.from_config_dict(cache, CacheConfig)
+    cfg, _ = padded(cfg, mesh.size)
+    return sharded.build(
+        cfg, store, layout, mesh, phase=phase, batch=batch, context=context, tokens=tokens, weights=weights,
+        overlap=overlap, scan=_scanned(cfg, phase),
+    )  # fmt: skip
+
+
+def _scanned(cfg: ModelConfig, phase: str) -> bool:
+    """Whether the layers of a prefill repeat, so that it can be compiled as a scan over them (in seconds, not
+    minutes)."""
+    if phase != "prefill":
+        return False
+    try:
+        return model_lib.scan_period(cfg) > 0
+    except UserError:
+        return False
+
+
+def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: int, context: int, overlap: str):
+    """What the doctor holds a compiled pass of `cfg` (padded) against: in decode the cache arrays of one chip, which
+    a prefill writes as a whole, and, for the written-out collectives (overlap none), those that the cost model
+    predicts. Gathered weights are not checked by axis: the model counts one gather, the program one for each dim."""
+    mesh = dict(prediction.mesh)
+    table = layouts.rules(prediction.layout, mesh, {
+        "embed": cfg.d_model, "mlp": cfg.d_ff, "vocab": cfg.vocab_size, "q_heads": cfg.n_heads,
+        "k_heads": cfg.n_k_heads, "v_heads": cfg.n_v_heads, "batch": batch,
+    })  # fmt: skip
+    split = [layouts.parts(table[name], mesh) for name in ("cache_batch", "cache_heads", "cache_length")]
+    held = set()
+    for leaf in jax.tree.leaves(caches_lib.specs(cfg, cache, batch, context)):
+        if len(leaf.shape) == 4:
+            sizes = [n // parts for n, parts in zip(leaf.shape, split)]  # rings included: by_seq divides every owner
+            held.add(((*sizes, leaf.shape[3]), _HLO[str(leaf.dtype)]))
+    held = held if prediction.tokens == batch else set()
+    if overlap != "none" or prediction.layout.gathered:
+        return Expectations(None, tuple(sorted(held)))
+    found: dict[tuple[str, tuple[str, ...]], float] = {}
+    for c in prediction.collectives:
+        size = c.count * c.elements * prediction.element_bytes[c.dtype] * (2 if c.kind == "all_reduce" else 1)
+        for axes, part in _steps(c, table["res_batch"], mesh):
+            key = c.kind.replace("_", "-"), tuple(a for a in layouts.AXES if a in axes)
+            found[key] = found.get(key, 0.0) + part * size
+    return Expectations(found, tuple(sorted(held)))
+
+
+def _steps(c: Any, rows: tuple[str, ...], mesh: dict[str, int]) -> list[tuple[tuple[str, ...], float]]:
+    """(axes, share of D) of the operations that a collective of the cost model is: two where the residual stream is
+    split by batch over `rows` and by D over the rest. The same bytes cross the links."""
+    first = tuple(a for a in c.axes if a in rows)
+    rest = tuple(a for a in c.axes if a not in rows)
+    if not (c.edge and first and rest) or c.kind not in ("all_gather", "reduce_scatter"):
+        return [(c.axes, 1.0)]
+    if c.kind == "all_gather":  # over `first`, then over the rest
+        return [(first, 1 / layouts.parts(rest, mesh)), (rest, 1.0)]
+    return [(first, 1.0), (rest, 1 / layouts.parts(first, mesh))]
+
+
+# --- a small cut, really run -----------------------------------------------------------------------------
+
+
+def cut(job: dict) -> tuple[dict, tuple[int, int, int]]:
+    """(job of a small model, mesh of at most 8) that keeps what a layout depends on: the ratio of query to K/V heads,
+    cross-layer sharing, masks, block and mesh axes. `job`: the arguments of `program` and `mesh`."""
+    cfg = config_lib.from_config_dict(job["model"], ModelConfig)
+    k, v = (n if n <= FAKE_DEVICES else math.gcd(n, FAKE_DEVICES) for n in (cfg.n_k_heads, cfg.n_v_heads))
+    heads = math.lcm(FAKE_DEVICES, k, v)
+    k, v = (heads if n == cfg.n_heads > 1 else m for n, m in ((cfg.n_k_heads, k), (cfg.n_v_heads, v)))
+    heads *= 2 if heads == max(k, v) and cfg.n_heads > max(cfg.n_k_heads, cfg.n_v_heads) else 1
+    shared = next((i + 1 for i, owner in enumerate(cfg.sources) if owner != i), 2)
+    n_layers = min(cfg.n_layers, max(2, min(shared, 6)))
+    small = dataclasses.replace(
+        cfg,
+        vocab_size=LANES * FAKE_DEVICES,
+        d_model=128,
+        d_ff=256,
+        n_layers=n_layers,
+        n_heads=heads,
+        n_k_heads=k,
+        n_v_heads=v,
+        head_dim=16,
+        v_head_dim=16,
+        attn_scale=0.0,
+        kv_source=cfg.kv_source[:n_layers],
+        ropes=tuple(r and dataclasses.replace(r, dim=min(r.dim, 8)) for r in cfg.ropes),
+        masks=tuple(dataclasses.replace(m, window=min(m.window, 24), sinks=min(m.sinks, 8)) for m in cfg.masks),
+        scan_layers=False,
+    )
+    mesh = list(job["mesh"])
+    while math.prod(mesh) > FAKE_DEVICES:
+        widest = max(range(3), key=lambda i: mesh[i])
+        mesh[widest] = mesh[widest] // 2 if mesh[widest] % 2 == 0 else 1
+    batch = job["batch"] if job["batch"] <= 16 else math.gcd(job["batch"], 16)
+    weights = "float32" if job["weights"] == "bfloat16" else job["weights"]
+    smaller = {
+        "model": dataclasses.asdict(small), "cache": {**job["cache"], "dtype": "float32", "capacity": 0},
+        "layout": job["layout"], "phase": job["phase"], "batch": batch, "context": CUT_CONTEXT, "tokens": 0,
+        "weights": weights, "overlap": job["overlap"],
+    }  # fmt: skip
+    return json.loads(json.dumps(smaller)), tuple(mesh)
+
+
+def measure_cut(job: dict) -> dict:
+    """Builds and runs the cut of `job`: {milliseconds, worst: largest difference of a logit from the unsharded
+    model's, relative to the largest logit, mesh, batch, context, layers}. In float32; with int8 weights activations are
+    bfloat16, whose rounding is then most of `worst`."""
+    small, shape = cut(job)
+    cfg = config_lib.from_config_dict(small["model"], ModelConfig)
+    store = config_lib.from_config_dict(small["cache"], CacheConfig)
+    types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh(shape, layouts.AXES, axis_types=types, devices=jax.devices()[: math.prod(shape)])
+    made = program(mesh, **small)
+    params = model_lib.init(jax.random.key(0), cfg)
+    params = weights_lib.quantize(params, cfg) if small["weights"] == "int8" else params
+    params = jax.tree.map(lambda x, a: x.astype(a.dtype), params, weights_lib.abstract(cfg, small["weights"]))
+    batch, context = small["batch"], small["context"]
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, context)), jnp.int32)
+    at = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), ids.shape)
+    caches = caches_lib.create(cfg, store, batch, context)
+    here = jax.default_backend()
+    plain = jax.jit(lambda *a: sharded._pass(cfg, True, here, *a))
+    if small["phase"] == "decode":
+        first = [x[:, : context - 1] for x in (ids, at)]
+        _, caches = plain(params, *first, caches)
+        plain, ids, at = jax.jit(lambda *a: sharded._pass(cfg, False, here, *a)), ids[:, -1:], at[:, -1:]
+    want = np.asarray(plain(params, ids, at, caches)[0])
+    if _scanned(cfg, small["phase"]):
+        params, caches = model_lib.stack_layers(params, cfg), model_lib.stack_caches(caches, cfg)
+    args = _like((params, ids, at, caches), made.args)
+    seconds, got = _timed(made, args)
+    worst = float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
+    return {"milliseconds": 1e3 * seconds, "worst": worst, "mesh": list(shape), "batch": batch, "context": context,
+            "layers": cfg.n_layers, "d_model": cfg.d_model}  # fmt: skip
+
+
+def _like(values: Any, abstract: Any) -> Any:
+    """`values` placed and typed as `abstract`."""
+    return jax.tree.map(lambda x, a: jax.device_put(jnp.asarray(x, a.dtype), a.sharding), values, abstract)
+
+
+def measure(made: sharded.Program, repeats: int = 10) -> float:
+    """Median seconds of one pass of `made` on the devices of its mesh, from random weights; a decode step fills the
+    last slot of its caches, a prefill empty ones."""
+    length = made.args[1].shape[1]
+    start = made.args[3][0].slots - 1 if length == 1 else 0
+
+    def fill(key: jax.Array, leaf: Any) -> jax.Array:
+        if leaf.dtype == jnp.int32:  # the caches' lengths
+            return jnp.full(leaf.shape, start, jnp.int32)
+        if leaf.dtype == jnp.int8:
+            return jax.random.randint(key, leaf.shape, -127, 128, jnp.int8)
+        return jax.random.normal(key, leaf.shape, leaf.dtype) * jnp.asarray(0.02, leaf.dtype)
+
+    def tree(abstract: Any, seed: int) -> Any:
+        leaves, shape = jax.tree.flatten(abstract)
+        keys = jax.random.split(jax.random.key(seed), len(leaves))
+        made_here = [jax.jit(fill, static_argnums=1, out_shardings=a.sharding)(k, _Spec(a.shape, a.dtype))
+                     for k, a in zip(keys, leaves, strict=True)]  # fmt: skip
+        return jax.tree.unflatten(shape, made_here)
+
+    ids = made.args[1]
+    at = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), ids.shape)
+    args = (tree(made.args[0], 0), *_like((jnp.zeros(ids.shape, jnp.int32), at), made.args[1:3]), tree(made.args[3], 1))
+    return _timed(made, args, repeats)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """A shape and dtype that can be a static argument."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def _timed(made: sharded.Program, args: tuple, repeats: int = 5) -> tuple[float, jax.Array]:
+    """(median seconds, logits of the first pass); the caches are handed from one pass to the next."""
+    step, (params, ids, at, caches) = made.lower().compile(), args
+    logits, caches = step(params, ids, at, caches)
+    first = jax.block_until_ready(logits)
+    spent = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        logits, caches = step(params, ids, at, caches)
+        jax.block_until_ready((logits, caches))
+        spent.append(time.perf_counter() - began)
+    return float(np.median(spent)), first
+
+
+def main() -> None:
+    """One job a line on stdin, one answer a line on stdout: {"measured": ...} or {"failure": one sentence}."""
+    for line in sys.stdin:
+        try:
+            answer = {"measured": measure_cut(json.loads(line))}
+        except Exception as error:  # a row that does not run is an answer; the study goes on
+            answer = {"failure": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: the loop, the step, losses, optimizers, checkpoints, metrics."""

@@ -1,0 +1,1 @@
+"""What runs: meshes, rule tables, layouts, and the moves between them."""
