@@ -35,16 +35,17 @@ test: ## the whole test suite (8 fake CPU devices; no torch)
 test-peers: ## live comparison with torch and transformers, in numbers and speed (Python 3.11, .venv-peers)
 	@VERSIONS=3.11 EXTRA_PIP=torch==2.13.0 scripts/setup.sh $(PEERS) test,hf
 	@$(PEERS)/bin/python -m pytest tests_peers -m peers $(ARGS)
-	@$(PEERS)/bin/python -m pytest $$(grep -l 'mark\.peers' tests/test_*.py) -m peers $(ARGS)
+	@$(PEERS)/bin/python -m pytest $$(grep -rl 'mark\.peers' tests --include='test_*.py') -m peers $(ARGS)
 	@$(MAKE) --no-print-directory bench ARGS=--rounds=3
 
 bench: ## the benchmarks, peers in alternation, JSON into experiments/results/ (of kernels: on a GPU or TPU only)
 	@VERSIONS=3.11 EXTRA_PIP=torch==2.13.0 scripts/setup.sh $(PEERS) test,hf
 	@for file in experiments/bench_*.py; do $(PEERS)/bin/python -m experiments.$$(basename $$file .py) $(ARGS); done
 
-lint: ## ruff
+lint: ## ruff: rules and formatting
 	@scripts/setup.sh $(VENV) test
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 
 clean: ## remove the environments and caches; results and workdirs stay
 	rm -rf $(VENV) $(PEERS) $(VENV).lock $(PEERS).lock .pytest_cache .ruff_cache build *.egg-info

@@ -23,6 +23,6 @@ SHAPES = {
 def get_config():
     rows = tuple(c.VariantConfig(n, model=size("llama3-70b", **f), cache=BF16) for n, f in SHAPES.items())
     study = c.ShardingStudyConfig(
-        rows=rows, slices=("v5e:8x8", "v5p:4x4x4", "v6e:8x8"), batches=(64,), contexts=(8192,), phases=("decode",),
-    )  # fmt: skip
+        rows=rows, slices=("v5e:8x8", "v5p:4x4x4", "v6e:8x8"), batches=(64,), contexts=(8192,), phases=("decode",)
+    )
     return base.experiment(name="sharding_llama3_70b", sharding_study=study)

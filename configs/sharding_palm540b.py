@@ -30,11 +30,11 @@ PAPER = (
 
 
 def get_config():
-    cells = tuple(c.ShardingCellConfig(phase, batch, 2048, 0, row, where, weights, f"{ffn}/{kv}", seconds, source)
-                  for row, where, phase, batch, weights, ffn, kv, seconds, source in PAPER)  # fmt: skip
-    ffns = ("ws_1d", "ws_2d", "wg_x", "wg_xy", "wg_xyz")
-    study = c.ShardingStudyConfig(
-        rows=tuple(c.VariantConfig(n, model=size(n), cache=BF16) for n in ("palm-540b", "palm-62b")),
-        slices=(), cells=cells, layouts=tuple(f"{f}/{kv}" for f in ffns for kv in (HEAD, BATCH)), meshes=("default",),
-    )  # fmt: skip
+    cells = tuple(
+        c.ShardingCellConfig(phase, batch, 2048, 0, row, where, weights, f"{ffn}/{kv}", seconds, source)
+        for row, where, phase, batch, weights, ffn, kv, seconds, source in PAPER
+    )
+    rows = tuple(c.VariantConfig(n, model=size(n), cache=BF16) for n in ("palm-540b", "palm-62b"))
+    named = tuple(f"{f}/{kv}" for f in ("ws_1d", "ws_2d", "wg_x", "wg_xy", "wg_xyz") for kv in (HEAD, BATCH))
+    study = c.ShardingStudyConfig(rows, slices=(), cells=cells, layouts=named, meshes=("default",))
     return base.experiment(name="sharding_palm540b", sharding_study=study)

@@ -1,7 +1,7 @@
 """Model sizes, a row each, with where the numbers come from. Weights are read elsewhere; these are shapes.
 
-    SIZES["llama3-8b"]        a ModelConfig
-    size("palm-540b", n_layers=8)   with some fields changed (the 8-layer latency runs of Pope et al.)
+SIZES["llama3-8b"]        a ModelConfig
+size("palm-540b", n_layers=8)   with some fields changed (the 8-layer latency runs of Pope et al.)
 """
 
 import dataclasses

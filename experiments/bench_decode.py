@@ -34,25 +34,42 @@ OUTPUT = flags.DEFINE_string("output", "", "shapes: the JSON, also on a CPU")
 def main() -> None:
     if SHAPES.value:
         rows = dict(sizes.named(name) for name in SHAPES.value)
-        decode_bench.run(rows, default=str(peers.RESULTS / "bench_decode_shapes.json"), output=OUTPUT.value,
-                         candidates=CANDIDATES.value, batch=BATCH.value, context=CONTEXT.value, steps=NEW.value,
-                         rounds=ROUNDS.value, layers=LAYERS.value)  # fmt: skip
+        decode_bench.run(
+            rows,
+            default=str(peers.RESULTS / "bench_decode_shapes.json"),
+            output=OUTPUT.value,
+            candidates=CANDIDATES.value,
+            batch=BATCH.value,
+            context=CONTEXT.value,
+            steps=NEW.value,
+            rounds=ROUNDS.value,
+            layers=LAYERS.value,
+        )
         return
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         directory = f"{folder}/model"
         team = peers.start(PYTHON.value)
         need = PROMPT.value * max(map(int, BATCHES.value))
-        about = {"kvattn_worker": team[0].ask("export", checkpoint=CHECKPOINT.value, directory=directory,
-                                              text=TEXT.value, tokens=need)["versions"]}  # fmt: skip
+        about = {
+            "kvattn_worker": team[0].ask(
+                "export", checkpoint=CHECKPOINT.value, directory=directory, text=TEXT.value, tokens=need
+            )["versions"]
+        }
         about |= {peer.name: peer.ask("load", checkpoint=directory)["versions"] for peer in team[1:]}
         for batch in map(int, BATCHES.value):
             work = (batch, PROMPT.value, NEW.value, directory)
             results[f"batch {batch}"] = peers.compare_decode(team, ROUNDS.value, *work)
         for peer in team:
             peer.close()
-    setting = {"checkpoint": CHECKPOINT.value, "dtype": "float32", "prompt_tokens": PROMPT.value,
-               "new_tokens": NEW.value, "rounds": ROUNDS.value, "peers": about}  # fmt: skip
+    setting = {
+        "checkpoint": CHECKPOINT.value,
+        "dtype": "float32",
+        "prompt_tokens": PROMPT.value,
+        "new_tokens": NEW.value,
+        "rounds": ROUNDS.value,
+        "peers": about,
+    }
     print(peers.save("bench_decode", setting, results))
 
 

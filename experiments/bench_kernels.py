@@ -45,8 +45,15 @@ def main() -> int:
         print("\n".join(map(str, kernel_bench_plot.draw(kernel_bench_report.read(path), path))))
         return 0
     team = torch()
-    record = kernel_bench.run(SWEEP.value, default=str(DEFAULT), output=OUTPUT.value, rounds=ROUNDS.value,
-                              seconds=SECONDS.value, only=ONLY.value, torch=team)  # fmt: skip
+    record = kernel_bench.run(
+        SWEEP.value,
+        default=str(DEFAULT),
+        output=OUTPUT.value,
+        rounds=ROUNDS.value,
+        seconds=SECONDS.value,
+        only=ONLY.value,
+        torch=team,
+    )
     team.close()
     if SWEEP.value == "bars":
         print(kernel_bench_report.bars_table(record))

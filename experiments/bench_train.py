@@ -26,8 +26,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = f"{folder}/model"
         exporter = peers.Peer("kvattn_worker")
-        exporter.ask("export", checkpoint=CHECKPOINT.value, directory=directory, text=TEXT.value,
-                     tokens=BATCH.value * (LENGTH.value + 1))  # fmt: skip
+        exporter.ask(
+            "export",
+            checkpoint=CHECKPOINT.value,
+            directory=directory,
+            text=TEXT.value,
+            tokens=BATCH.value * (LENGTH.value + 1),
+        )
         exporter.close()
         team = peers.start(PYTHON.value)
         request = {"directory": directory, "batch": BATCH.value, "length": LENGTH.value, "learning_rate": RATE.value}
@@ -42,15 +47,23 @@ def main() -> None:
         results[name]["tokens_per_second"] = BATCH.value * LENGTH.value / results[name]["seconds"]
         results[name]["peak_memory_bytes"] = answers[-1]["peak_memory_bytes"]
         results[name]["losses"] = [answer["loss"] for answer in first[name] + answers]
-        print(f"{name.removesuffix('_worker')}: {results[name]['tokens_per_second']:.1f} tokens/s, peak memory "
-              f"{results[name]['peak_memory_bytes'] / 2**20:.0f} MiB, losses "
-              f"{' '.join(f'{loss:.4f}' for loss in results[name]['losses'])}")  # fmt: skip
+        print(
+            f"{name.removesuffix('_worker')}: {results[name]['tokens_per_second']:.1f} tokens/s, peak memory "
+            f"{results[name]['peak_memory_bytes'] / 2**20:.0f} MiB, losses "
+            f"{' '.join(f'{loss:.4f}' for loss in results[name]['losses'])}"
+        )
     if len(results) > 1:
         ours, theirs = results["kvattn_worker"], results["transformers_worker"]
         results["ratio"] = {key: ours[key] / theirs[key] for key in ("tokens_per_second", "peak_memory_bytes")}
         print("kvattn / transformers:", "  ".join(f"{k} {v:.2f}" for k, v in results["ratio"].items()))
-    setting = {"checkpoint": CHECKPOINT.value, "batch": BATCH.value, "length": LENGTH.value, "dtype": "float32",
-               "rounds": ROUNDS.value, "peers": about}  # fmt: skip
+    setting = {
+        "checkpoint": CHECKPOINT.value,
+        "batch": BATCH.value,
+        "length": LENGTH.value,
+        "dtype": "float32",
+        "rounds": ROUNDS.value,
+        "peers": about,
+    }
     print(peers.save("bench_train", setting, results))
 
 

@@ -16,7 +16,7 @@ from kvattn import account, convert, formats
 from kvattn.config import Experiment, executed
 from kvattn.data import batches as data
 from kvattn.data import corpora
-from kvattn.decode import generate as decode
+from kvattn.decode import generation as decode
 from kvattn.errors import UserError
 
 JSON = flags.DEFINE_bool("json", False, "print one line of JSON on stdout instead of streaming")

@@ -13,12 +13,7 @@ from kvattn.config import Experiment
 from kvattn.evaluate import perplexity as evaluate
 
 JSON = flags.DEFINE_bool("json", False, "print the result as one line of JSON on stdout")
-SHORTCUTS = {
-    "checkpoint": "checkpoint.path",
-    "text": "eval.text",
-    "context": "eval.context",
-    "stride": "eval.stride",
-}
+SHORTCUTS = {"checkpoint": "checkpoint.path", "text": "eval.text", "context": "eval.context", "stride": "eval.stride"}
 
 
 def main(cfg: Experiment) -> None:

@@ -26,9 +26,7 @@ def main() -> None:
     scoring.check_writable(OUT.value)
     loaded = formats.load(CHECKPOINT.value, "float32")
     batch = tokens if tokens.ndim == 2 else tokens[None]
-    logits = scoring.logits(
-        loaded.params, loaded.model, batch, mode=MODE.value, cache_cfg=CacheConfig()
-    )
+    logits = scoring.logits(loaded.params, loaded.model, batch, mode=MODE.value, cache_cfg=CacheConfig())
     scoring.write_array(OUT.value, logits if tokens.ndim == 2 else logits[0])
     print(f"{OUT.value}: logits of {tokens.shape} tokens, {MODE.value}, from {loaded.source}")
 

@@ -43,11 +43,23 @@ JSON = flags.DEFINE_bool("json", False, "print the plan as one line of JSON on s
 def main() -> int:
     chip, chips = plan.machine(SLICE.value, CHIP.value, CHIPS.value)
     found = plan.plan(
-        size(SIZE.value), CacheConfig(dtype="bfloat16"), chip=chip, chips=chips, batch=BATCH.value,
-        context=CONTEXT.value, phase=PHASE.value, tokens=TOKENS.value, weights=WEIGHTS.value, kv=KV.value,
-        latency=LATENCY.value / 1e3, overlap=OVERLAP.value, links=LINKS.value, pad_heads=PAD.value,
-        layouts=plan.parse_layouts(LAYOUT.value), meshes=plan.parse_mesh(MESH.value),
-    )  # fmt: skip
+        size(SIZE.value),
+        CacheConfig(dtype="bfloat16"),
+        chip=chip,
+        chips=chips,
+        batch=BATCH.value,
+        context=CONTEXT.value,
+        phase=PHASE.value,
+        tokens=TOKENS.value,
+        weights=WEIGHTS.value,
+        kv=KV.value,
+        latency=LATENCY.value / 1e3,
+        overlap=OVERLAP.value,
+        links=LINKS.value,
+        pad_heads=PAD.value,
+        layouts=plan.parse_layouts(LAYOUT.value),
+        meshes=plan.parse_mesh(MESH.value),
+    )
     if JSON.value:
         print(json.dumps(found.as_dict(ROWS.value)))
     else:

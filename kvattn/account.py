@@ -196,12 +196,7 @@ class Roofline:
 
 
 def roofline_decode(
-    cfg: ModelConfig,
-    cache: CacheConfig,
-    batch: int,
-    context: int,
-    chip: str | Chip,
-    weight_bytes_per_param: float = 2,
+    cfg: ModelConfig, cache: CacheConfig, batch: int, context: int, chip: str | Chip, weight_bytes_per_param: float = 2
 ) -> Roofline:
     """Roofline of one decode step: `batch` sequences, each seeing `context` tokens (arXiv 2211.05102, sec. 2).
 
@@ -231,12 +226,7 @@ def roofline_decode(
 
 
 def roofline_decode_seconds(
-    cfg: ModelConfig,
-    cache: CacheConfig,
-    batch: int,
-    context: int,
-    chip: str | Chip,
-    weight_bytes_per_param: float = 2,
+    cfg: ModelConfig, cache: CacheConfig, batch: int, context: int, chip: str | Chip, weight_bytes_per_param: float = 2
 ) -> float:
     """Seconds of one decode step by `roofline_decode`."""
     return roofline_decode(cfg, cache, batch, context, chip, weight_bytes_per_param).seconds

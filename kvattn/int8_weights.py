@@ -114,9 +114,10 @@ def fold_norms(params: Any, cfg: ModelConfig) -> Any:
     Raises UserError: layernorm (its bias is no row scale), norms after the sub-module, stacked layers, int8 weights.
     """
     for name, value, wanted in (
-        ("norm", cfg.norm, "rmsnorm"), ("norm_placement", cfg.norm_placement, "pre"),
+        ("norm", cfg.norm, "rmsnorm"),
+        ("norm_placement", cfg.norm_placement, "pre"),
         ("scan_layers", cfg.scan_layers, False),
-    ):  # fmt: skip
+    ):
         if value != wanted:
             raise UserError(f"model.{name} is {value!r}; norms fold into the weights where it is {wanted!r}.")
     if any(isinstance(leaf, Int8) for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8))):

@@ -15,7 +15,7 @@ from kvattn.rematerialise import recompute
 from kvattn.spec import ParamSpec
 from sharding import matmul, mean, once, reshard, take_rows
 
-# Layouts of activations [B,T,D] and [B,T,F], by the logical axes of sharding/layout/rules.py and sharding/layout/layouts.py.
+# Layouts of activations [B,T,D] and [B,T,F], by the logical axes of sharding/layout/ (rules.py, layouts.py).
 RESIDUAL = ("res_batch", "act_length", "res_embed")  # between blocks
 BLOCK = ("act_batch", "act_length", "act_embed")  # what a block's matmuls read
 HIDDEN = ("act_batch", "act_length", "act_mlp")
@@ -107,10 +107,7 @@ def dense(
 def mlp_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     """up[D,F] (and gate[D,F] when gated), down[F,D], their biases with cfg.mlp_bias."""
     d, f = cfg.d_model, cfg.d_ff
-    specs = {
-        "up": ParamSpec((d, f), ("embed", "mlp"), fan_in=d),
-        "down": ParamSpec((f, d), ("mlp", "embed"), fan_in=f),
-    }
+    specs = {"up": ParamSpec((d, f), ("embed", "mlp"), fan_in=d), "down": ParamSpec((f, d), ("mlp", "embed"), fan_in=f)}
     if cfg.mlp in GATED:
         specs["gate"] = ParamSpec((d, f), ("embed", "mlp"), fan_in=d)
     if cfg.mlp_bias:
@@ -162,7 +159,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float
         wavelength = 2 * np.pi / freq
         low, high = rope.original_length / rope.low_freq_factor, rope.original_length / rope.high_freq_factor
         blend = (rope.original_length / wavelength - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor)
+            rope.high_freq_factor - rope.low_freq_factor
+        )
         middle = (1 - blend) * freq / rope.factor + blend * freq
         return np.where(wavelength > low, freq / rope.factor, np.where(wavelength < high, freq, middle)), 1.0
     if rope.scaling == "yarn":

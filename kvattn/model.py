@@ -1,8 +1,8 @@
 """The decoder: parameter table, forward pass with and without caches, loop and scan over layers.
 
-    specs = param_specs(cfg)                      # one table: shapes, axes, initialisers
-    params = init(rng, cfg)
-    outputs, caches = forward(params, cfg, Inputs(tokens), caches=caches)
+specs = param_specs(cfg)                      # one table: shapes, axes, initialisers
+params = init(rng, cfg)
+outputs, caches = forward(params, cfg, Inputs(tokens), caches=caches)
 """
 
 import dataclasses
@@ -132,8 +132,10 @@ def hidden(
     where = where_of(cfg, positions, inputs.segment_ids, inputs.fresh)
     if cfg.scan_layers:
         if collect or (caches is not None and not inputs.fresh):
-            raise UserError("model.scan_layers is True with filled caches or collect; use model.unstack_layers and "
-                            "scan_layers False.")
+            raise UserError(
+                "model.scan_layers is True with filled caches or collect; use model.unstack_layers and "
+                "scan_layers False."
+            )
         x, caches = _scan_layers(params["layers"], cfg, x, where, caches)
         collected: dict[str, tuple[jax.Array, ...]] = {}
     else:
@@ -305,8 +307,10 @@ def scan_period(cfg: ModelConfig) -> int:
         repeats = all(sources[i] - (i - i % period) == sources[i % period] for i in range(cfg.n_layers))
         if cfg.n_layers % period == 0 and repeats:
             return period
-    raise UserError(f"model.scan_layers is True but masks, ropes and kv_source have no common period that repeats "
-                    f"over n_layers = {cfg.n_layers}; set scan_layers to False.")
+    raise UserError(
+        f"model.scan_layers is True but masks, ropes and kv_source have no common period that repeats "
+        f"over n_layers = {cfg.n_layers}; set scan_layers to False."
+    )
 
 
 def stack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
@@ -321,10 +325,13 @@ def stack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
 def unstack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     """Scan layout -> loop layout; the inverse of `stack_layers`."""
     period = scan_period(cfg)
-    return {**params, "layers": tuple(
-        jax.tree.map(lambda leaf, n=layer // period: leaf[n], params["layers"][layer % period])
-        for layer in range(cfg.n_layers)
-    )}
+    return {
+        **params,
+        "layers": tuple(
+            jax.tree.map(lambda leaf, n=layer // period: leaf[n], params["layers"][layer % period])
+            for layer in range(cfg.n_layers)
+        ),
+    }
 
 
 def stack_caches(caches: Any, cfg: ModelConfig) -> Any:

@@ -26,7 +26,7 @@ from kvattn import cache as caching
 from kvattn import model, spec
 from kvattn.attention.view import View
 from kvattn.config import CacheConfig, ModelConfig, validate
-from kvattn.decode import generate as decode
+from kvattn.decode import generation as decode
 from kvattn.errors import UserError
 
 
@@ -149,14 +149,7 @@ class Decoder(_Tree):
     Raises UserError: an illegal config, params that do not fit it, neither or both of rngs and params.
     """
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        *,
-        rngs: nnx.Rngs | None = None,
-        params: Any = None,
-        dtype: Any = jnp.float32,
-    ):
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs | None = None, params: Any = None, dtype: Any = jnp.float32):
         validate(cfg)
         self.cfg = cfg
         if params is None and rngs is not None:
@@ -170,11 +163,7 @@ class Decoder(_Tree):
         return cls(cfg, params=params)
 
     def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segment_ids: jax.Array | None = None,
+        self, tokens: jax.Array, *, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
     ) -> jax.Array:
         """tokens[B,T] int32 -> logits[B,T,W] float32, each position seeing what the layers' masks allow."""
         inputs = model.Inputs(tokens, positions, segment_ids)
@@ -185,8 +174,8 @@ class Decoder(_Tree):
         return caching.create(self.cfg, cache or CacheConfig(), batch, capacity)
 
     def prefill(self, tokens: jax.Array, positions: jax.Array, caches: Any, *, chunk: int = 0) -> tuple[jax.Array, Any]:
-        """Fills empty caches with a prompt; see kvattn.decode.generate.prefill. Returns logits[B,W] of each row's last
-        token, and the caches."""
+        """Fills empty caches with a prompt; see kvattn.decode.generation.prefill. Returns logits[B,W] of each row's
+        last token, and the caches."""
         return decode.prefill(self.to_params(), self.cfg, tokens, positions, caches, chunk)
 
     def decode_step(self, token: jax.Array, positions: jax.Array, caches: Any) -> tuple[jax.Array, Any]:

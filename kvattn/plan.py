@@ -5,8 +5,9 @@
     p.best.layout.name, p.best.mesh, p.best.seconds
     print(p.table())
 
-Every layout is tried on every factorisation of the chips; `sharding.cost.prediction` predicts each. None of the papers' rules
-(weight-stationary for few tokens, batch-sharded MQA in decode) is written here: they come out of the model.
+Every layout is tried on every factorisation of the chips; `sharding.cost.prediction` predicts each. None of the
+papers' rules (weight-stationary for few tokens, batch-sharded MQA in decode) is written here: they come out of the
+model.
 """
 
 import dataclasses
@@ -30,8 +31,14 @@ from sharding.layout.layouts import Layout
 
 # Pope et al., arXiv 2211.05102: mesh shapes by chip count in the authors' code.
 DEFAULT_MESHES = {
-    8: (2, 2, 2), 16: (2, 4, 2), 32: (4, 2, 4), 64: (4, 4, 4), 128: (8, 4, 4), 256: (4, 8, 8), 512: (8, 8, 8),
-}  # fmt: skip
+    8: (2, 2, 2),
+    16: (2, 4, 2),
+    32: (4, 2, 4),
+    64: (4, 4, 4),
+    128: (8, 4, 4),
+    256: (4, 8, 8),
+    512: (8, 8, 8),
+}
 A_HAIR = 0.05  # a difference in time that the model cannot tell: it knows no latencies
 
 # GPT-NeoX blocks are parallel in form but norm the stream twice, so it is gathered, and summed into, twice.
@@ -89,8 +96,10 @@ def _layer(cfg: ModelConfig, cache: CacheConfig, layer: int) -> cost.Layer:
     known = {"q", "k", "v", "o"}
     for name, leaf in attn.items():
         if spec.is_spec(leaf) and leaf.fan_in and name not in known:
-            raise UserError(f"model.variant is {cfg.variant!r}, whose weight {name} the cost model cannot place; "
-                            "use a variant made of q, k, v and o.")
+            raise UserError(
+                f"model.variant is {cfg.variant!r}, whose weight {name} the cost model cannot place; "
+                "use a variant made of q, k, v and o."
+            )
     size = {name: attn[name].size if name in attn else 0 for name in sorted(known)}
     placed = sum(size.values()) + sum(mlp[name].size for name in ("up", "gate", "down") if name in mlp)
     everything = sum(leaf.size for leaf in jax.tree.leaves(specs, is_leaf=spec.is_spec))
@@ -246,11 +255,24 @@ class Plan:
 
 
 def plan(
-    cfg: ModelConfig, cache: CacheConfig, *, chip: str | Chip, chips: int, batch: int, context: int, phase: str,
-    tokens: int = 0, weights: str = "bfloat16", kv: str = "", latency: float | None = None, overlap: str = "full",
-    links: str = "all", pad_heads: bool = True, layouts: Iterable[Layout] | None = None,
+    cfg: ModelConfig,
+    cache: CacheConfig,
+    *,
+    chip: str | Chip,
+    chips: int,
+    batch: int,
+    context: int,
+    phase: str,
+    tokens: int = 0,
+    weights: str = "bfloat16",
+    kv: str = "",
+    latency: float | None = None,
+    overlap: str = "full",
+    links: str = "all",
+    pad_heads: bool = True,
+    layouts: Iterable[Layout] | None = None,
     meshes: Iterable[tuple[int, int, int]] | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Every layout (default `all_layouts()`) on every mesh (default `factorisations(chips)`), predicted and sorted.
 
     `tokens` of each sequence in the pass: 0 = `context` in prefill, 1 in decode. `latency`: seconds the pass may
@@ -260,19 +282,33 @@ def plan(
     Raises UserError: unknown chip, phase, type or overlap, sizes below 1, meshes that are not the chips.
     """
     ask = Request(
-        _chip(chip), chips, batch, context, phase, tokens or (1 if phase == "decode" else context), weights, kv,
-        latency or 0.0, overlap, links, pad_heads,
-    )  # fmt: skip
+        _chip(chip),
+        chips,
+        batch,
+        context,
+        phase,
+        tokens or (1 if phase == "decode" else context),
+        weights,
+        kv,
+        latency or 0.0,
+        overlap,
+        links,
+        pad_heads,
+    )
     _check(ask)
     tried = tuple(all_layouts() if layouts is None else layouts)
     shapes = tuple(factorisations(chips) if meshes is None else meshes)
     for shape in shapes:
         if math.prod(shape) != chips:
-            raise UserError(f"mesh is {'x'.join(map(str, shape))} = {math.prod(shape)} chips, but chips is {chips}; "
-                            "make them equal.")
+            raise UserError(
+                f"mesh is {'x'.join(map(str, shape))} = {math.prod(shape)} chips, but chips is {chips}; "
+                "make them equal."
+            )
     found = tuple(_candidates(cfg, cache, ask, tried, shapes, {}, unique=meshes is None))
-    order = sorted((_mesh_of(group, chips) for group in _by_layout(found)), key=lambda c: (
-        float(f"{c.seconds:.5e}"), c.prediction.memory_bytes, c.prediction.interconnect_seconds))
+    order = sorted(
+        (_mesh_of(group, chips) for group in _by_layout(found)),
+        key=lambda c: (float(f"{c.seconds:.5e}"), c.prediction.memory_bytes, c.prediction.interconnect_seconds),
+    )
     return Plan(ask, cfg.n_heads, tuple(order), found, () if order else _changes(cfg, cache, ask, tried))
 
 
@@ -311,8 +347,9 @@ def _check(ask: Request) -> None:
     if ask.latency < 0:
         raise UserError(f"latency is {ask.latency}; it is a time in seconds, or 0 for any.")
     if ask.chips > ask.chip.max_chips:
-        raise UserError(f"chips is {ask.chips}, but the links of {ask.chip.name} join {ask.chip.max_chips}; "
-                        "take no more.")
+        raise UserError(
+            f"chips is {ask.chips}, but the links of {ask.chip.name} join {ask.chip.max_chips}; take no more."
+        )
 
 
 def _candidates(cfg, cache, ask: Request, tried, shapes, works: dict, *, unique: bool) -> Iterator[Candidate]:
@@ -351,8 +388,17 @@ def _candidate(cfg, cache, ask: Request, layout: Layout, shape, works: dict) -> 
         work = workload(dataclasses.replace(cfg, n_heads=heads), cache, weights=ask.weights, kv=ask.kv)
         works[heads] = dataclasses.replace(work, counted_params=spec.count(model.param_specs(cfg)))
     try:
-        p = cost.predict(works[heads], layout, shape, ask.chip, phase=ask.phase, batch=ask.batch, tokens=ask.tokens,
-                         context=ask.context, links=ask.links)  # fmt: skip
+        p = cost.predict(
+            works[heads],
+            layout,
+            shape,
+            ask.chip,
+            phase=ask.phase,
+            batch=ask.batch,
+            tokens=ask.tokens,
+            context=ask.context,
+            links=ask.links,
+        )
     except ShardingError as error:
         return Candidate(layout, shape, heads, None, str(error), ask.overlap)
     return Candidate(layout, shape, heads, p, _too_much(p, ask), ask.overlap)
@@ -365,8 +411,10 @@ def _too_much(p: cost.Prediction, ask: Request) -> str:
         return str(error)
     seconds = p.step_seconds(ask.overlap)
     if ask.latency and seconds > ask.latency:
-        return (f"{p.layout.name} takes {seconds * 1e3:.4g} ms, above the latency of {ask.latency * 1e3:.4g} ms; "
-                "take more chips, fewer bits, a smaller batch or a shorter context.")
+        return (
+            f"{p.layout.name} takes {seconds * 1e3:.4g} ms, above the latency of {ask.latency * 1e3:.4g} ms; "
+            "take more chips, fewer bits, a smaller batch or a shorter context."
+        )
     return ""
 
 

@@ -61,8 +61,13 @@ def table(p: "Plan", rows: int) -> Table:
     shown = p.feasible[:rows]
     for c in shown:
         one = c.prediction
-        seconds = (one.step_seconds("full"), one.step_seconds("none"), one.compute_seconds, one.hbm_seconds,
-                   one.interconnect_seconds)  # fmt: skip
+        seconds = (
+            one.step_seconds("full"),
+            one.step_seconds("none"),
+            one.compute_seconds,
+            one.hbm_seconds,
+            one.interconnect_seconds,
+        )
         out.add_row(
             c.layout.name + (f" N={c.n_heads}" if c.n_heads != p.n_heads else ""),
             "x".join(map(str, c.mesh)),

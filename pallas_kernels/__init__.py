@@ -4,6 +4,15 @@ from pallas_kernels.contract import KV, KernelError, Leaf, Options, Partial, Pro
 from pallas_kernels.decode import BACKENDS, decode_attention, why_not
 
 __all__ = [
-    "BACKENDS", "KV", "KernelError", "Leaf", "Options", "Partial", "Problem", "decode_attention", "problem", "why_not",
+    "BACKENDS",
+    "KV",
+    "KernelError",
+    "Leaf",
+    "Options",
+    "Partial",
+    "Problem",
+    "decode_attention",
+    "problem",
+    "why_not",
     "with_sink_logits",
 ]

@@ -159,8 +159,23 @@ def problem(q: jax.Array, kv: KV, options: Options) -> Problem:
     if kv.table is not None and kv.ring:
         raise KernelError("a ring has no pages; use contiguous slots for rings.")
     return Problem(
-        batch, tokens, heads, kv.k.heads, v.heads, dim, kv.value_dim, kv.slots, q.dtype.name, kv.k.dtype.name,
-        v.dtype.name, kv.k.lanes, v.lanes, 0 if kv.table is None else kv.k.slots, kv.v is None, kv.ring, options,
+        batch,
+        tokens,
+        heads,
+        kv.k.heads,
+        v.heads,
+        dim,
+        kv.value_dim,
+        kv.slots,
+        q.dtype.name,
+        kv.k.dtype.name,
+        v.dtype.name,
+        kv.k.lanes,
+        v.lanes,
+        0 if kv.table is None else kv.k.slots,
+        kv.v is None,
+        kv.ring,
+        options,
     )
 
 

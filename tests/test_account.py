@@ -19,20 +19,42 @@ from tests.helpers import tiny
 BF16 = CacheConfig(dtype="bfloat16")
 
 LLAMA3_8B = ModelConfig(
-    vocab_size=128256, d_model=4096, n_layers=32, n_heads=32, n_k_heads=8, n_v_heads=8, head_dim=128,
-    v_head_dim=128, d_ff=14336, tied_embeddings=False,
-)  # fmt: skip
+    vocab_size=128256,
+    d_model=4096,
+    n_layers=32,
+    n_heads=32,
+    n_k_heads=8,
+    n_v_heads=8,
+    head_dim=128,
+    v_head_dim=128,
+    d_ff=14336,
+    tied_embeddings=False,
+)
 SMOLLM2 = ModelConfig(
-    vocab_size=49152, d_model=576, n_layers=30, n_heads=9, n_k_heads=3, n_v_heads=3, head_dim=64, v_head_dim=64,
+    vocab_size=49152,
+    d_model=576,
+    n_layers=30,
+    n_heads=9,
+    n_k_heads=3,
+    n_v_heads=3,
+    head_dim=64,
+    v_head_dim=64,
     d_ff=1536,
-)  # fmt: skip
+)
 
 
 def cla_1b(head_dim, n_heads, kv_heads, sources) -> ModelConfig:
     return ModelConfig(
-        d_model=2048, n_layers=20, d_ff=5472, n_heads=n_heads, n_k_heads=kv_heads, n_v_heads=kv_heads,
-        head_dim=head_dim, v_head_dim=head_dim, kv_source=sources,
-    )  # fmt: skip
+        d_model=2048,
+        n_layers=20,
+        d_ff=5472,
+        n_heads=n_heads,
+        n_k_heads=kv_heads,
+        n_v_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        kv_source=sources,
+    )
 
 
 KEEP_ENDS = (0, *(1 + 2 * (i // 2) for i in range(18)), 19)
@@ -79,9 +101,14 @@ def test_cla_3b_table():
     """arXiv 2405.12981, tuned runs at 3B: D = 3072, L = 32."""
     for head_dim, factor, expected in ((128, 1, 16384), (128, 2, 8192), (64, 1, 8192), (64, 2, 4096), (32, 1, 4096)):
         cfg = ModelConfig(
-            n_layers=32, n_heads=4, n_k_heads=1, n_v_heads=1, head_dim=head_dim, v_head_dim=head_dim,
+            n_layers=32,
+            n_heads=4,
+            n_k_heads=1,
+            n_v_heads=1,
+            head_dim=head_dim,
+            v_head_dim=head_dim,
             kv_source=cross_layer.cla_sources(32, factor),
-        )  # fmt: skip
+        )
         assert account.kv_bytes_per_token(cfg, BF16) == expected
 
 
@@ -111,9 +138,14 @@ def test_mlkv_total_heads():
         (1, 1, 1),
     ):
         cfg = ModelConfig(
-            n_layers=12, n_heads=12, n_k_heads=heads, n_v_heads=heads, head_dim=64, v_head_dim=64,
+            n_layers=12,
+            n_heads=12,
+            n_k_heads=heads,
+            n_v_heads=heads,
+            head_dim=64,
+            v_head_dim=64,
             kv_source=cross_layer.mlkv_sources(12, owners),
-        )  # fmt: skip
+        )
         assert account.kv_bytes_per_token(cfg, BF16) == 2 * total * 64 * 2
 
 
@@ -196,11 +228,19 @@ def test_declared_allocated_compiled():
     assert illegal >= len(STORES)  # the scanned model, and rings on models without windows
 
 
-@pytest.mark.parametrize(("name", "store"), [
-    ("uneven_kv", "by_mask_bf16"), ("tied_kv", "by_mask_bf16"), ("cla3", "by_mask_bf16"),
-    ("mqa_cla2_pattern", "by_mask_bf16"), ("uneven_kv", "full_int8_channel"), ("mqa_cla2_pattern", "by_mask_fp8"),
-    ("tied_kv", "full_int8"), ("cla3", "paged_bf16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "store"),
+    [
+        ("uneven_kv", "by_mask_bf16"),
+        ("tied_kv", "by_mask_bf16"),
+        ("cla3", "by_mask_bf16"),
+        ("mqa_cla2_pattern", "by_mask_bf16"),
+        ("uneven_kv", "full_int8_channel"),
+        ("mqa_cla2_pattern", "by_mask_fp8"),
+        ("tied_kv", "full_int8"),
+        ("cla3", "paged_bf16"),
+    ],
+)
 def test_decode_step_compiles_to_the_declared_bytes(name, store):
     """The real decode step: its arguments are the parameters, the caches and one token per row, no byte more,
     and every cache byte is updated in place."""
@@ -282,9 +322,17 @@ def test_published_param_counts():
     assert account.param_count(LLAMA3_8B) == 8_030_261_248
     for layers, d, f, heads, billions in ((32, 4096, 16384, 16, 8.63), (64, 8192, 32768, 32, 62.5)):
         palm = ModelConfig(
-            vocab_size=256128, d_model=d, n_layers=layers, d_ff=f, n_heads=heads, n_k_heads=1, n_v_heads=1,
-            head_dim=256, v_head_dim=256, residual="parallel_palm",
-        )  # fmt: skip
+            vocab_size=256128,
+            d_model=d,
+            n_layers=layers,
+            d_ff=f,
+            n_heads=heads,
+            n_k_heads=1,
+            n_v_heads=1,
+            head_dim=256,
+            v_head_dim=256,
+            residual="parallel_palm",
+        )
         assert abs(account.param_count(palm) / 1e9 - billions) < 0.01 * billions
 
 
@@ -329,9 +377,9 @@ def test_flops_equal_the_matmuls_of_the_traced_model(tiny_case):
     decode = jax.make_jaxpr(step)(abstract, token, caches)
     assert dot_flops(decode.jaxpr) == batch * account.flops_per_token(unmasked, context, "decode")
 
-    prefill = jax.make_jaxpr(
-        lambda p, t: model.forward(p, cfg, model.Inputs(t, last_only=True))[0].logits
-    )(abstract, tokens)  # fmt: skip
+    prefill = jax.make_jaxpr(lambda p, t: model.forward(p, cfg, model.Inputs(t, last_only=True))[0].logits)(
+        abstract, tokens
+    )
     charged = batch * length * account.flops_per_token(unmasked, length, "prefill")
     np.testing.assert_allclose(dot_flops(prefill.jaxpr), charged, rtol=1e-12)
 
@@ -435,8 +483,14 @@ def test_ledger_table():
     text = console.export_text()
     cfg = tiny.CASES["mqa_cla2_pattern"]
     per_layer = (10 + 14) * 4
-    for expected in ("2 owners of 4", "layer 0", "last 5 + first 2", f"{account.param_count(cfg):,}",
-                     f"{2 * per_layer:,}", f"{(7 + 50) * per_layer:,}"):  # fmt: skip
+    for expected in (
+        "2 owners of 4",
+        "layer 0",
+        "last 5 + first 2",
+        f"{account.param_count(cfg):,}",
+        f"{2 * per_layer:,}",
+        f"{(7 + 50) * per_layer:,}",
+    ):
         assert expected in text
     assert "ring" in text
     assert "full" in text

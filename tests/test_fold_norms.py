@@ -33,10 +33,13 @@ def test_folded_norms_change_no_logit(name):
     close(forward(folded), forward(params), F32_MODEL)
 
 
-@pytest.mark.parametrize("changes,message", [
-    ({"norm": "layernorm"}, "model.norm is 'layernorm'"),
-    ({"norm_placement": "both"}, "model.norm_placement is 'both'"),
-])
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"norm": "layernorm"}, "model.norm is 'layernorm'"),
+        ({"norm_placement": "both"}, "model.norm_placement is 'both'"),
+    ],
+)
 def test_what_does_not_fold_raises(changes, message):
     cfg = tiny.config(**changes)
     with pytest.raises(UserError, match=message):

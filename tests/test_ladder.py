@@ -18,8 +18,15 @@ from tests.helpers.tolerances import EXACT, F32_DECODE, F32_GRAD, F32_MODEL, clo
 CASES = {
     "gqa": tiny.config(residual="ladder"),
     "one_layer": tiny.config(residual="ladder", n_layers=1),
-    "cla2_biases": tiny.config(residual="ladder", kv_source=(0, 0, 2, 2), kv_norm=True, qkv_bias=True, o_bias=True,
-                               mlp_bias=True, norm="layernorm"),
+    "cla2_biases": tiny.config(
+        residual="ladder",
+        kv_source=(0, 0, 2, 2),
+        kv_norm=True,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        norm="layernorm",
+    ),
     "both_norms": tiny.config(residual="ladder", norm_placement="both", mlp="gelu", tied_embeddings=False),
     "post_norm": tiny.config(residual="ladder", norm_placement="post", n_layers=3),
     "window": tiny.config(residual="ladder", masks=(MaskConfig(window=5, sinks=2),)),
@@ -131,8 +138,11 @@ def test_the_residual_decides_no_parameter():
     """A ladder loads a serial model's weights: the same leaves and shapes."""
     one, other = (model.param_specs(tiny.config(residual=r)) for r in ("ladder", "serial"))
     assert one == other
-    close(model.init(jax.random.key(1), CASES["gqa"])["layers"][1]["mlp"]["up"],
-          model.init(jax.random.key(1), tiny.BASE)["layers"][1]["mlp"]["up"], EXACT)
+    close(
+        model.init(jax.random.key(1), CASES["gqa"])["layers"][1]["mlp"]["up"],
+        model.init(jax.random.key(1), tiny.BASE)["layers"][1]["mlp"]["up"],
+        EXACT,
+    )
 
 
 def test_export_to_hugging_face_is_refused_with_the_reason(tmp_path):

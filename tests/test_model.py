@@ -69,10 +69,13 @@ def test_causality_by_gradients(name):
 def test_mha_with_equal_heads_is_mqa():
     mqa, mha = tiny.CASES["mqa"], tiny.CASES["mha"]
     params, tokens = lively(mqa), tokens_of(mqa)
-    wide = {**params, "layers": tuple(
-        {**b, "attn": {**b["attn"], "k": jnp.repeat(b["attn"]["k"], 6, 1), "v": jnp.repeat(b["attn"]["v"], 6, 1)}}
-        for b in params["layers"]
-    )}
+    wide = {
+        **params,
+        "layers": tuple(
+            {**b, "attn": {**b["attn"], "k": jnp.repeat(b["attn"]["k"], 6, 1), "v": jnp.repeat(b["attn"]["v"], 6, 1)}}
+            for b in params["layers"]
+        ),
+    }
     close(run(wide, mha, tokens), run(params, mqa, tokens), F32_MODEL)
 
 
@@ -80,9 +83,10 @@ def test_halved_k_heads_duplicated_are_equal():
     """DiffQKV oracle: K heads duplicated up to another K head count give the same output."""
     cfg = tiny.CASES["uneven_kv"]
     params, tokens = lively(cfg), tokens_of(cfg)
-    wide = {**params, "layers": tuple(
-        {**b, "attn": {**b["attn"], "k": jnp.repeat(b["attn"]["k"], 3, 1)}} for b in params["layers"]
-    )}
+    wide = {
+        **params,
+        "layers": tuple({**b, "attn": {**b["attn"], "k": jnp.repeat(b["attn"]["k"], 3, 1)}} for b in params["layers"]),
+    }
     close(run(wide, dataclasses.replace(cfg, n_k_heads=6), tokens), run(params, cfg, tokens), F32_MODEL)
 
 
@@ -91,12 +95,19 @@ def test_sqa_is_gqa_with_silent_query_heads():
     cfg = tiny.CASES["gqa"]
     params, tokens = lively(cfg), tokens_of(cfg)
     keep = np.array([0, 2, 4])
-    silent = {**params, "layers": tuple(
-        {**b, "attn": {**b["attn"], "o": b["attn"]["o"].at[np.array([1, 3, 5])].set(0.0)}} for b in params["layers"]
-    )}
-    fewer = {**params, "layers": tuple(
-        {**b, "attn": {**b["attn"], "q": b["attn"]["q"][:, keep], "o": b["attn"]["o"][keep]}} for b in params["layers"]
-    )}
+    silent = {
+        **params,
+        "layers": tuple(
+            {**b, "attn": {**b["attn"], "o": b["attn"]["o"].at[np.array([1, 3, 5])].set(0.0)}} for b in params["layers"]
+        ),
+    }
+    fewer = {
+        **params,
+        "layers": tuple(
+            {**b, "attn": {**b["attn"], "q": b["attn"]["q"][:, keep], "o": b["attn"]["o"][keep]}}
+            for b in params["layers"]
+        ),
+    }
     close(run(fewer, dataclasses.replace(cfg, n_heads=3), tokens), run(silent, cfg, tokens), F32_MODEL)
 
 
@@ -211,8 +222,12 @@ def test_collected_attention_is_what_enters_the_residual():
     params, tokens = lively(cfg), tokens_of(cfg)
     out, _ = model.forward(params, cfg, model.Inputs(jnp.asarray(tokens)), collect=("attention",))
     assert len(out.collected["attention"]) == cfg.n_layers
-    silent = {**params, "layers": tuple(
-        {**b, "attn_post_norm": {"scale": jnp.full_like(b["attn_post_norm"]["scale"], -1.0)}} for b in params["layers"]
-    )}
+    silent = {
+        **params,
+        "layers": tuple(
+            {**b, "attn_post_norm": {"scale": jnp.full_like(b["attn_post_norm"]["scale"], -1.0)}}
+            for b in params["layers"]
+        ),
+    }
     out, _ = model.forward(silent, cfg, model.Inputs(jnp.asarray(tokens)), collect=("attention",))
     assert all(np.abs(np.asarray(a)).max() == 0 for a in out.collected["attention"])

@@ -152,9 +152,13 @@ def test_layers_of_attention_modules_are_the_model():
             owner = cfg.sources[l]
             h_kv = norm(block["kv_norm"], cfg, x) if "kv_norm" in block else None
             y, views[owner], cache_l = attention[l].attend(
-                norm(block["attn_norm"], cfg, x), x_kv=h_kv, positions=positions, segment_ids=segment_ids,
-                kv=views.get(owner), cache=caches[l],
-            )  # fmt: skip
+                norm(block["attn_norm"], cfg, x),
+                x_kv=h_kv,
+                positions=positions,
+                segment_ids=segment_ids,
+                kv=views.get(owner),
+                cache=caches[l],
+            )
             if owner == l:
                 caches[l] = cache_l
             x = x + y
@@ -210,7 +214,8 @@ BAD = {
     "kv to an owner": (lambda p: owner()(jnp.zeros((1, 3, 28)), kv=()), ("layer 0", "kv")),
     "cache of a reader": (lambda p: reader().init_cache(1, 5), ("layer 1", "layer 0")),
     "cache to a reader": (
-        lambda p: reader().attend(jnp.zeros((1, 3, 28)), kv=(), cache=owner().init_cache(1, 5)), ("layer 1", "cache"),
+        lambda p: reader().attend(jnp.zeros((1, 3, 28)), kv=(), cache=owner().init_cache(1, 5)),
+        ("layer 1", "cache"),
     ),
     "segments": (
         lambda p: owner().attend(
@@ -218,7 +223,7 @@ BAD = {
         ),
         ("segment_ids", "cache"),
     ),
-}  # fmt: skip
+}
 
 
 def owner():

@@ -18,8 +18,17 @@ from tests.helpers.models import lively, run, tokens_of
 from tests.helpers.tolerances import EXACT, F32_MODEL, F32_OP, F32_SHARDED, close
 
 # Of each matmul weight, the dims that the matmul sums over: its channels are the others.
-INNER = {"q": (0,), "k": (0,), "v": (0,), "o": (0, 1), "gate": (0,), "up": (0,), "down": (0,), "embed": (1,),
-         "unembed": (0,)}  # fmt: skip
+INNER = {
+    "q": (0,),
+    "k": (0,),
+    "v": (0,),
+    "o": (0, 1),
+    "gate": (0,),
+    "up": (0,),
+    "down": (0,),
+    "embed": (1,),
+    "unembed": (0,),
+}
 MODELS = ("gqa", "neox", "palm", "llama", "tied_kv", "cla2_norm", "biases")
 
 
@@ -140,8 +149,10 @@ def test_abstract_weights_are_those_of_quantize(name):
 @pytest.mark.parametrize("count, shape", [(1, (12, 20)), (1, (12, 4, 6)), (2, (4, 3, 20))])
 def test_scaling_the_product_is_multiplying_by_the_scaled_weight(rng, count, shape):
     """One or two dims in, one or two out, as a flat matmul and as a general one."""
-    w = Int8(jnp.asarray(rng.integers(-127, 128, shape), jnp.int8),
-             jnp.asarray(rng.uniform(0.001, 0.03, shape[count:]), jnp.float32))  # fmt: skip
+    w = Int8(
+        jnp.asarray(rng.integers(-127, 128, shape), jnp.int8),
+        jnp.asarray(rng.uniform(0.001, 0.03, shape[count:]), jnp.float32),
+    )
     x = jnp.asarray(rng.normal(size=(2, 5, *shape[:count])), jnp.float32)
     want = np.tensordot(np.asarray(x, np.float64), np.asarray(w.values) * np.asarray(w.scale, np.float64), count)
     for flat in (False, True):
@@ -193,19 +204,31 @@ def eight_rows():
     return cfg, params, tokens, run(params, cfg, tokens)[:, -1]
 
 
-@pytest.mark.parametrize("layout, overlap", [
-    ("ws_2d/by_head:z+by_batch:xy", "none"), ("wg_xyz/by_batch:xyz", "two_way"), ("ws_1d/by_batch:x", "compiler"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout, overlap",
+    [("ws_2d/by_head:z+by_batch:xy", "none"), ("wg_xyz/by_batch:xyz", "two_way"), ("ws_1d/by_batch:x", "compiler")],
+)
 def test_sharded_int8_is_unsharded_int8(eight_rows, layout, overlap):
     """A prefill of 6 tokens on 8 fake chips; gathered weights travel as int8."""
     cfg, params, tokens, want = eight_rows
     mesh = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
-    p = sharded.build(cfg, CacheConfig(), layout, mesh, phase="prefill", batch=8, context=16, tokens=6,
-                      weights="int8", overlap=overlap)  # fmt: skip
+    p = sharded.build(
+        cfg,
+        CacheConfig(),
+        layout,
+        mesh,
+        phase="prefill",
+        batch=8,
+        context=16,
+        tokens=6,
+        weights="int8",
+        overlap=overlap,
+    )
     positions = np.broadcast_to(np.arange(6, dtype=np.int32), (8, 6))
     args = (params, tokens, positions, cache.create(cfg, CacheConfig(), 8, 16))
     placed = jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), args, p.args)
     close(jax.jit(p.fn)(*placed)[0], want, F32_SHARDED, f"{layout} {overlap}")
     if layout.startswith("wg"):
-        assert ":i8[" in "".join(line.split("=")[0] for line in str(jax.make_jaxpr(p.fn)(*placed)).splitlines()
-                                 if "ppermute" in line)  # fmt: skip
+        assert ":i8[" in "".join(
+            line.split("=")[0] for line in str(jax.make_jaxpr(p.fn)(*placed)).splitlines() if "ppermute" in line
+        )

@@ -13,7 +13,7 @@ import transformers
 from kvattn import formats, model
 from kvattn.config import CacheConfig, DataConfig, DecodeConfig
 from kvattn.data import batches as data
-from kvattn.decode import generate as decode
+from kvattn.decode import generation as decode
 from kvattn.formats import huggingface as hf
 from tests.formats import test_huggingface as ours
 from tests.helpers.tolerances import EXACT, HF_SMOLLM2, HF_TINY, close

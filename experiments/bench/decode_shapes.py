@@ -1,7 +1,7 @@
 """Decoding at full size with random weights: tokens/s of each decode kernel and store, beside the memory's speed.
 
     weights   bfloat16, random;   cache   filled at random up to `context` - `steps` tokens of every sequence
-    timed     kvattn.decode.generate.advance over `steps` tokens: one program, the state donated, greedy
+    timed     kvattn.decode.generation.advance over `steps` tokens: one program, the state donated, greedy
     roofline  (weight bytes + cache bytes read) / (bytes per second of a copy, measured in the same run)
 
 Candidates are KERNEL/STORE, or KERNEL/STORE/paged, and take turns; each turn fills its own cache anew, untimed.
@@ -26,7 +26,7 @@ from kvattn import account, cache, model
 from kvattn.attention.step import DECODERS, reason_against
 from kvattn.cache import quantized
 from kvattn.config import CacheConfig, DecodeConfig, ModelConfig
-from kvattn.decode import generate as decode
+from kvattn.decode import generation as decode
 from kvattn.decode import sampling
 from kvattn.errors import UserError
 from pallas_kernels import BACKENDS, KernelError, Leaf, codes
@@ -50,8 +50,11 @@ class Job:
 def default_candidates() -> list[str]:
     """xla over bf16, and this platform's kernel over every store, over bf16 in pages too."""
     here = [name for name, backend in BACKENDS.items() if backend.platform == jax.default_backend()]
-    return ["xla/bfloat16", *(f"{name}/{store}" for name in here for store in STORES),
-            *(f"{name}/bfloat16/paged" for name in here)]  # fmt: skip
+    return [
+        "xla/bfloat16",
+        *(f"{name}/{store}" for name in here for store in STORES),
+        *(f"{name}/bfloat16/paged" for name in here),
+    ]
 
 
 def parse(text: str) -> tuple[str, str, bool]:
@@ -59,8 +62,10 @@ def parse(text: str) -> tuple[str, str, bool]:
     kernel, _, rest = text.partition("/")
     store, _, paged = rest.partition("/")
     if kernel not in DECODERS or store not in ("float32", *STORES) or paged not in ("", "paged"):
-        raise UserError(f"--candidates has {text!r}; write KERNEL/STORE or KERNEL/STORE/paged, with a kernel of "
-                        f"{', '.join(DECODERS)} and a store of float32, {', '.join(STORES)}.")
+        raise UserError(
+            f"--candidates has {text!r}; write KERNEL/STORE or KERNEL/STORE/paged, with a kernel of "
+            f"{', '.join(DECODERS)} and a store of float32, {', '.join(STORES)}."
+        )
     return kernel, store, bool(paged)
 
 
@@ -71,8 +76,9 @@ def job_of(cfg: ModelConfig, candidate: str, batch: int, context: int, steps: in
     layouts = ("v_lanes", "lanes") if store in codes.LIMITS else ("rows", "lanes")
     reasons = []
     for layout in layouts:
-        held = CacheConfig(("paged",) if paged else ("full",), store, decode.bucket(context), layout=layout,
-                           page_size=PAGE)  # fmt: skip
+        held = CacheConfig(
+            ("paged",) if paged else ("full",), store, decode.bucket(context), layout=layout, page_size=PAGE
+        )
         reasons.append(reason_against(cfg, held))
         if reasons[-1] is None:
             return Job(cfg, held, batch, context, steps)
@@ -158,15 +164,19 @@ def measure(
             entries[name] = {"refused": str(error)}
         except Exception as error:  # whatever a compiler or a full memory raises is this candidate's result
             entries[name] = {"error": kernel_bench.one_line(error)}
-    turns = {name: lambda job=job, program=program: turn(job, program, params)[0]
-             for name, (job, program) in jobs.items()}  # fmt: skip
+    turns = {
+        name: lambda job=job, program=program: turn(job, program, params)[0] for name, (job, program) in jobs.items()
+    }
     for name, seconds in kernel_bench.alternate(turns, rounds, entries).items():
         roof, median = roofline(jobs[name][0], bandwidth), statistics.median(seconds)
         entries[name] |= {
-            "tokens_per_second": batch * steps / median, "tokens_per_second_all": [batch * steps / s for s in seconds],
-            "step_seconds": median / steps, "of_roofline": roof.memory_seconds * steps / median,
-            "weight_bytes": roof.weight_bytes, "kv_bytes": roof.kv_bytes,
-        }  # fmt: skip
+            "tokens_per_second": batch * steps / median,
+            "tokens_per_second_all": [batch * steps / s for s in seconds],
+            "step_seconds": median / steps,
+            "of_roofline": roof.memory_seconds * steps / median,
+            "weight_bytes": roof.weight_bytes,
+            "kv_bytes": roof.kv_bytes,
+        }
         same = tokens.get("/".join(["xla", *name.split("/")[1:]]))
         if same is not None and not name.startswith("xla"):
             entries[name]["first_tokens_as_xla"] = float((same == tokens[name]).mean())
@@ -182,22 +192,34 @@ def lines(name: str, setting: dict[str, Any], entries: dict[str, dict[str, Any]]
             out.append(f"  {candidate:28} {what}: {entry.get(what)}")
             continue
         same = entry.get("first_tokens_as_xla")
-        out.append(f"  {candidate:28} {entry['tokens_per_second']:10.1f} tokens/s  {entry['step_seconds'] * 1e3:8.2f} "
-                   f"ms a step  {entry['of_roofline']:6.1%} of the roofline of {entry['weight_bytes'] / 1e9:.2f} + "
-                   f"{entry['kv_bytes'] / 1e9:.2f} GB")  # fmt: skip
+        out.append(
+            f"  {candidate:28} {entry['tokens_per_second']:10.1f} tokens/s  {entry['step_seconds'] * 1e3:8.2f} "
+            f"ms a step  {entry['of_roofline']:6.1%} of the roofline of {entry['weight_bytes'] / 1e9:.2f} + "
+            f"{entry['kv_bytes'] / 1e9:.2f} GB"
+        )
         out[-1] += "" if same is None else f"  {same:.0%} of first tokens as xla's"
     return "\n".join(out)
 
 
 def run(
-    shapes: dict[str, ModelConfig], *, default: str, output: str = "", candidates: list[str] = (), batch: int = 32,
-    context: int = 8192, steps: int = 64, rounds: int = 5, layers: int = 0,
+    shapes: dict[str, ModelConfig],
+    *,
+    default: str,
+    output: str = "",
+    candidates: list[str] = (),
+    batch: int = 32,
+    context: int = 8192,
+    steps: int = 64,
+    rounds: int = 5,
+    layers: int = 0,
 ) -> dict[str, Any]:
     """Measures every shape, prints and (on an accelerator, or where `output` says so) writes; returns the record.
     `layers` > 0: only so many of them. Raises UserError for numbers that fit nothing."""
     if not 0 < steps < context or batch < 1 or rounds < 1 or layers < 0:
-        raise UserError(f"--new={steps} --context={context} --batch={batch} --rounds={rounds} --layers={layers}; give "
-                        "fewer new tokens than the context has, and at least one row and round.")
+        raise UserError(
+            f"--new={steps} --context={context} --batch={batch} --rounds={rounds} --layers={layers}; give "
+            "fewer new tokens than the context has, and at least one row and round."
+        )
     here = jax.default_backend()
     wanted = list(candidates) or default_candidates()
     for name in wanted:
@@ -208,10 +230,15 @@ def run(
     copy = kernel_bench.measure_copy(kernel_bench.COPY_BYTES[here], kernel_bench.MEASURE_SECONDS[here])
     chip = jax.devices()[0]
     record = {
-        "benchmark": "bench_decode_shapes", "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "benchmark": "bench_decode_shapes",
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": " ".join(["python", "-m", "experiments.bench_decode", *sys.argv[1:]]),
-        "device_kind": chip.device_kind, "platform": chip.platform, "accelerator": chip.platform != "cpu",
-        "versions": kernel_bench.versions({"versions": {}}), "copy": copy, "results": {},
+        "device_kind": chip.device_kind,
+        "platform": chip.platform,
+        "accelerator": chip.platform != "cpu",
+        "versions": kernel_bench.versions({"versions": {}}),
+        "copy": copy,
+        "results": {},
     }
     print("" if record["accelerator"] else f"{NO_RESULT}; this checks that the command runs")
     print(f"{chip.device_kind}: copy {copy['bytes_per_second'] / 1e9:.0f} GB/s read and written", flush=True)

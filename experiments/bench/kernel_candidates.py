@@ -88,10 +88,12 @@ def candidates(shape: Shape, q: jax.Array, kv: KV, options: Options) -> dict[str
     if shape.store != "bfloat16" or shape.page or shape.view:
         plain = "reads bf16 K and V of equal shapes in contiguous slots only"
     out["cudnn"] = ("cuDNN is for gpu" if here != "gpu" else plain) or Candidate(
-        functools.partial(_cudnn, options), _by_token)
+        functools.partial(_cudnn, options), _by_token
+    )
     grouped = "the same as cudnn without groups" if shape.heads == shape.k_heads else None
     out["cudnn_grouped"] = ("cuDNN is for gpu" if here != "gpu" else plain or grouped) or Candidate(
-        functools.partial(_cudnn_grouped, options), _by_token)
+        functools.partial(_cudnn_grouped, options), _by_token
+    )
     missing = None if importlib.util.find_spec("tokamax") else "not installed"
     out["tokamax"] = missing or plain or Candidate(functools.partial(_tokamax, options), _by_token)
     return out
@@ -109,7 +111,8 @@ def _by_token(kv: KV) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _cudnn(options: Options, q, kv, positions):
     k, v, length = kv
     return jax.nn.dot_product_attention(
-        q, k, v, scale=options.scale, key_value_seq_lengths=length, implementation="cudnn")
+        q, k, v, scale=options.scale, key_value_seq_lengths=length, implementation="cudnn"
+    )
 
 
 def _cudnn_grouped(options: Options, q, kv, positions):

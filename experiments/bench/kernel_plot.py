@@ -29,8 +29,9 @@ def _axes(record: dict[str, Any], title: str):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     note = "" if record["accelerator"] else f"   ({NO_RESULT})"
-    axes.set_title(f"{title}      {record['device_kind']}, {record['date'][:10]}{note}", loc="left", fontsize=11,
-                   color=INK)  # fmt: skip
+    axes.set_title(
+        f"{title}      {record['device_kind']}, {record['date'][:10]}{note}", loc="left", fontsize=11, color=INK
+    )
     axes.set_xscale("log")
     axes.set_xlabel("bytes of cache that a step reads (log scale)")
     axes.grid(color="#eeeeee", zorder=0)
@@ -62,8 +63,16 @@ def fraction(record: dict[str, Any]):
     for shape, row, entry in found:
         colour = COLOURS[STORES.index(shape.store)]
         hollow = under_l2(row, record["l2_bytes"])
-        axes.plot(row["cache_bytes"], entry["fraction"], MARKS[_form(shape)], ms=7, mec=colour, mew=1.5,
-                  mfc="white" if hollow else colour, zorder=3)  # fmt: skip
+        axes.plot(
+            row["cache_bytes"],
+            entry["fraction"],
+            MARKS[_form(shape)],
+            ms=7,
+            mec=colour,
+            mew=1.5,
+            mfc="white" if hollow else colour,
+            zorder=3,
+        )
     axes.set_ylim(0, max([1.1, *(min(entry["fraction"], 2.0) * 1.05 for _, _, entry in found)]))
     axes.set_ylabel("bytes of cache per second over the copy's bytes per second")
     stores = [store for store in STORES if any(shape.store == store for shape, _, _ in found)]

@@ -45,8 +45,11 @@ def against(entries: dict[str, dict[str, Any]], kernels: list[str]) -> dict[str,
     mine = next((name for name in kernels if timed(entries.get(name, {}))), None)
     speed = {}
     if mine:
-        speed = {name: entry["seconds"] / entries[mine]["seconds"]
-                 for name, entry in entries.items() if name not in kernels and timed(entry)}
+        speed = {
+            name: entry["seconds"] / entries[mine]["seconds"]
+            for name, entry in entries.items()
+            if name not in kernels and timed(entry)
+        }
     return {"ours": mine, "speed_over": speed}
 
 
@@ -61,9 +64,11 @@ def under_l2(row: dict[str, Any], l2_bytes: int) -> bool:
 def head(record: dict[str, Any]) -> str:
     copy = record["copy"]
     lines = [] if record["accelerator"] else [f"{NO_RESULT}; this checks that the command runs"]
-    lines.append(f"{record['device_kind']}: copy {copy['bytes_per_second'] / 1e9:.0f} GB/s read and written "
-                 f"({min(copy['all']) / 1e9:.0f} to {max(copy['all']) / 1e9:.0f}), array of "
-                 f"{copy['array_bytes'] / 2**30:.3g} GiB")  # fmt: skip
+    lines.append(
+        f"{record['device_kind']}: copy {copy['bytes_per_second'] / 1e9:.0f} GB/s read and written "
+        f"({min(copy['all']) / 1e9:.0f} to {max(copy['all']) / 1e9:.0f}), array of "
+        f"{copy['array_bytes'] / 2**30:.3g} GiB"
+    )
     lines.append("  ".join(f"{name} {version}" for name, version in record["versions"].items()))
     lines += [f"missing: {name}: {why}" for name, why in record["missing"].items()]
     return "\n".join(lines)
@@ -82,9 +87,11 @@ def lines(name: str, row: dict[str, Any], l2_bytes: int) -> str:
         note = f"   ours is {over:.2f}x as fast" if over else ""
         note += f"   {entry['launches']:.0f} launches" if entry.get("launches") else ""
         note += f"   ({entry['note']})" if "note" in entry else ""
-        out.append(f"  {kernel:20} {entry['seconds'] * 1e6:10.1f} us ({entry['min'] * 1e6:.1f} to "
-                   f"{entry['max'] * 1e6:.1f})  {entry['bytes_per_second'] / 1e9:7.0f} GB/s  "
-                   f"{entry['fraction']:6.1%} of copy  error {entry['relative_error']:.1e}{note}")  # fmt: skip
+        out.append(
+            f"  {kernel:20} {entry['seconds'] * 1e6:10.1f} us ({entry['min'] * 1e6:.1f} to "
+            f"{entry['max'] * 1e6:.1f})  {entry['bytes_per_second'] / 1e9:7.0f} GB/s  "
+            f"{entry['fraction']:6.1%} of copy  error {entry['relative_error']:.1e}{note}"
+        )
     return "\n".join(out)
 
 

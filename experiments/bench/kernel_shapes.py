@@ -1,9 +1,9 @@
 """What the kernel benchmark asks: decode steps, sweeps of them, and their inputs, drawn on the device.
 
-    bars      the shapes that the project's bars speak of
-    default   one axis at a time: batch x context, group, store, latent, pages, uneven lengths
-    full      their product
-    quick     tiny, every kind of store once: for a CPU, where no figure is a result
+bars      the shapes that the project's bars speak of
+default   one axis at a time: batch x context, group, store, latent, pages, uneven lengths
+full      their product
+quick     tiny, every kind of store once: for a CPU, where no figure is a result
 """
 
 import dataclasses
@@ -104,8 +104,10 @@ def _default() -> list[Shape]:
     shapes += [latent(heads, b, s) for heads in (16, 64) for b, s in ((64, 8192), (1, 131072))]
     shapes += [dataclasses.replace(base, page=64, store=store) for store in STORES]
     shapes += [dataclasses.replace(base, page=128), latent(16, 64, 8192, page=64)]
-    return shapes + [dataclasses.replace(shape, ragged=True)
-                     for shape in (base, dataclasses.replace(base, store="int8"), latent(16, 64, 8192))]
+    return shapes + [
+        dataclasses.replace(shape, ragged=True)
+        for shape in (base, dataclasses.replace(base, store="int8"), latent(16, 64, 8192))
+    ]
 
 
 def _full() -> list[Shape]:

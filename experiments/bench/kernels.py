@@ -111,8 +111,8 @@ def launches(hlo: str) -> float | None:
 
 
 class Torch:
-    """torch's candidates in a worker (experiments/bench/peers/torch_attention_worker.py), started by `start` when asked for
-    and anew after it has died. `start` None: there is none, for the reason `why`."""
+    """torch's candidates in a worker (bench/peers/torch_attention_worker.py), started by `start` when asked for and
+    anew after it has died. `start` None: there is none, for the reason `why`."""
 
     def __init__(self, start: Callable[[], Any] | None, why: str = ""):
         self.start, self.why, self.peer = start, why, None
@@ -195,13 +195,21 @@ def measure_row(shape: Shape, limit: float, rounds: int, torch: Torch) -> dict[s
     theirs = torch.prepare(shape, calls)
     entries |= theirs
     turns |= {name: functools.partial(torch.turn, name) for name in theirs}
-    times = alternate({name: turn for name, turn in turns.items() if not {"error", "refused"} & set(entries[name])},
-                      rounds, entries)
+    times = alternate(
+        {name: turn for name, turn in turns.items() if not {"error", "refused"} & set(entries[name])}, rounds, entries
+    )
     for name, seconds in times.items():
         entries[name] |= figures(seconds, size, shape.batch, limit)
-    return {"shape": dataclasses.asdict(shape), "query_dtype": q.dtype.name, "cache_bytes": size, "calls": calls,
-            "copy_bytes_per_second": limit, "date": time.strftime("%Y-%m-%d %H:%M:%S"), "kernels": entries,
-            **report.against(entries, list(BACKENDS))}
+    return {
+        "shape": dataclasses.asdict(shape),
+        "query_dtype": q.dtype.name,
+        "cache_bytes": size,
+        "calls": calls,
+        "copy_bytes_per_second": limit,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "kernels": entries,
+        **report.against(entries, list(BACKENDS)),
+    }
 
 
 def calls_of(size: int, limit: float) -> int:
@@ -235,8 +243,15 @@ def alternate(
 def figures(seconds: list[float], size: int, batch: int, limit: float) -> dict[str, Any]:
     """What a row says of one candidate."""
     median = statistics.median(seconds)
-    return {"seconds": median, "min": min(seconds), "max": max(seconds), "all": seconds,
-            "bytes_per_second": size / median, "fraction": size / median / limit, "tokens_per_second": batch / median}
+    return {
+        "seconds": median,
+        "min": min(seconds),
+        "max": max(seconds),
+        "all": seconds,
+        "bytes_per_second": size / median,
+        "fraction": size / median / limit,
+        "tokens_per_second": batch / median,
+    }
 
 
 def one_line(error: BaseException) -> str:
@@ -264,11 +279,16 @@ def start_record(output: pathlib.Path | None, about: dict[str, Any]) -> dict[str
     """A record of this run with the rows of `output` that the same device and versions made."""
     chip = jax.devices()[0]
     record = {
-        "benchmark": "bench_kernels", "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "benchmark": "bench_kernels",
+        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": " ".join(["python", "-m", "experiments.bench_kernels", *sys.argv[1:]]),
-        "device_kind": chip.device_kind, "platform": chip.platform, "accelerator": chip.platform != "cpu",
-        "versions": versions(about), "missing": about["missing"],
-        "l2_bytes": about.get("l2_bytes") or L2_BYTES.get(chip.device_kind, 0), "errors": {},
+        "device_kind": chip.device_kind,
+        "platform": chip.platform,
+        "accelerator": chip.platform != "cpu",
+        "versions": versions(about),
+        "missing": about["missing"],
+        "l2_bytes": about.get("l2_bytes") or L2_BYTES.get(chip.device_kind, 0),
+        "errors": {},
         "rows": {},
     }
     if output is None or not output.exists():
@@ -277,8 +297,11 @@ def start_record(output: pathlib.Path | None, about: dict[str, Any]) -> dict[str
     same = all(before.get(key) == record[key] for key in ("device_kind", "versions"))
     kept = {name: row for name, row in before["rows"].items() if same and not report.failed(row)}
     if len(kept) < len(before["rows"]):
-        print(f"{output}: {len(before['rows']) - len(kept)} of {len(before['rows'])} rows are of another device, of "
-              "other versions or failed; they are measured again", flush=True)  # fmt: skip
+        print(
+            f"{output}: {len(before['rows']) - len(kept)} of {len(before['rows'])} rows are of another device, of "
+            "other versions or failed; they are measured again",
+            flush=True,
+        )
     return record | {"rows": kept}
 
 
@@ -297,13 +320,21 @@ def choose_sweep(name: str, default: str) -> tuple[list[Shape], pathlib.Path | N
     name = name or ("quick" if cpu else "default")
     shapes = sweep(name)
     if cpu and name != "quick":
-        raise UserError(f"--sweep={name} needs a GPU or TPU and this is a cpu; use --sweep=quick, which checks the "
-                        "command and measures nothing.")
+        raise UserError(
+            f"--sweep={name} needs a GPU or TPU and this is a cpu; use --sweep=quick, which checks the "
+            "command and measures nothing."
+        )
     return shapes, None if cpu else pathlib.Path(default)
 
 
 def run(
-    sweep_name: str, *, default: str, output: str = "", rounds: int = 7, seconds: float = 0, only: str = "",
+    sweep_name: str,
+    *,
+    default: str,
+    output: str = "",
+    rounds: int = 7,
+    seconds: float = 0,
+    only: str = "",
     torch: Torch,
 ) -> dict[str, Any]:
     """Measures the rows of a sweep that `output` does not have yet, for at most `seconds` (0 = all of them), printing

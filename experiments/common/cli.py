@@ -2,7 +2,7 @@
 
 A command is a module `experiments/NAME.py` whose main takes the typed, validated config:
 
-    from kvattn import cli
+    from experiments.common import cli
 
     def main(cfg: Experiment) -> int | None: ...
 

@@ -47,8 +47,11 @@ def run(command: Command, *, processes: int, devices: int, grace: float = 5.0) -
         for index in range(processes):
             if not asked:
                 team.append(_start(line, _variables(index, processes, devices, port)))
-        readers = [_copy(stream, index, to) for index, process in enumerate(team)
-                   for stream, to in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))]  # fmt: skip
+        readers = [
+            _copy(stream, index, to)
+            for index, process in enumerate(team)
+            for stream, to in ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
+        ]
         code = _watch(team, grace)
         for reader in readers:
             reader.join()
@@ -85,9 +88,13 @@ def _free_port() -> int:
 def _start(line: list[str], variables: dict[str, str]) -> subprocess.Popen:
     """In a session of its own, so that the terminal's Ctrl-C reaches it once, through the launcher."""
     return subprocess.Popen(
-        line, env=environment(**variables), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        line,
+        env=environment(**variables),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         start_new_session=True,
-    )  # fmt: skip
+    )
 
 
 def _copy(stream: object, index: int, to: TextIO) -> threading.Thread:

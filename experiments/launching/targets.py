@@ -102,8 +102,11 @@ def _name(command: Command, options: Options) -> str:
 
 def _check_travels(command: Command) -> None:
     """The repository is what is copied, so a config file must lie in it, named from its root."""
-    words = [arg.partition("=")[2] or following for arg, following in zip(command.args, (*command.args[1:], ""))
-             if re.fullmatch(r"--?config(=.*)?", arg, re.DOTALL)]  # fmt: skip
+    words = [
+        arg.partition("=")[2] or following
+        for arg, following in zip(command.args, (*command.args[1:], ""))
+        if re.fullmatch(r"--?config(=.*)?", arg, re.DOTALL)
+    ]
     for word in words:
         path = word.partition(":")[0]
         if path.startswith("/") or ".." in path.split("/") or not (ROOT / path).is_file():
@@ -308,10 +311,7 @@ def _sky(command: Command, where: Slice, options: Options) -> str:
     joined = where.hosts > 1
     if where.is_tpu:  # a slice is one node to SkyPilot, which runs setup and run on each of its hosts
         tpu = TPUS[where.chip]
-        resources = {
-            "accelerators": f"tpu-{where.accelerator}",
-            "accelerator_args": {"runtime_version": tpu.runtime},
-        }
+        resources = {"accelerators": f"tpu-{where.accelerator}", "accelerator_args": {"runtime_version": tpu.runtime}}
         run, nodes = _line(command, joined), 1
     else:
         resources = {"accelerators": f"{where.chip}:{where.per_host}"}

@@ -2,9 +2,9 @@
 
     program(mesh, model={...}, cache={...}, layout="ws_2d/by_batch:xyz", phase="decode", batch=64, context=2048)
 
-is a target of `sharding.compiler.aot.Compiler`. `python -m experiments.sharding_study.jobs` reads one such job a line, builds the small cut
-of the model that `cut` says, runs it for real on 8 fake CPU devices, and answers one line: milliseconds, and how far
-its logits are from those of the unsharded model.
+is a target of `sharding.compiler.aot.Compiler`. `python -m experiments.sharding_study.jobs` reads one such job a line,
+builds the small cut of the model that `cut` says, runs it for real on 8 fake CPU devices, and answers one line:
+milliseconds, and how far its logits are from those of the unsharded model.
 """
 
 import dataclasses
@@ -54,9 +54,18 @@ def _up(size: int, unit: int) -> int:
 
 
 def program(
-    mesh: jax.sharding.Mesh, *, model: dict, cache: dict, layout: str, phase: str, batch: int, context: int,
-    tokens: int = 0, weights: str = "bfloat16", overlap: str = "none",
-) -> sharded.Program:  # fmt: skip
+    mesh: jax.sharding.Mesh,
+    *,
+    model: dict,
+    cache: dict,
+    layout: str,
+    phase: str,
+    batch: int,
+    context: int,
+    tokens: int = 0,
+    weights: str = "bfloat16",
+    overlap: str = "none",
+) -> sharded.Program:
     """`kvattn.decode.partitioned.build` of the padded model, from dicts of ModelConfig and CacheConfig fields.
 
     Raises UserError and ShardingError as build does.
@@ -65,9 +74,18 @@ def program(
     store = config_lib.from_config_dict(cache, CacheConfig)
     cfg, _ = padded(cfg, mesh.size)
     return sharded.build(
-        cfg, store, layout, mesh, phase=phase, batch=batch, context=context, tokens=tokens, weights=weights,
-        overlap=overlap, scan=_scanned(cfg, phase),
-    )  # fmt: skip
+        cfg,
+        store,
+        layout,
+        mesh,
+        phase=phase,
+        batch=batch,
+        context=context,
+        tokens=tokens,
+        weights=weights,
+        overlap=overlap,
+        scan=_scanned(cfg, phase),
+    )
 
 
 def _scanned(cfg: ModelConfig, phase: str) -> bool:
@@ -86,10 +104,19 @@ def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: i
     a prefill writes as a whole, and, for the written-out collectives (overlap none), those that the cost model
     predicts. Gathered weights are not checked by axis: the model counts one gather, the program one for each dim."""
     mesh = dict(prediction.mesh)
-    table = layouts.rules(prediction.layout, mesh, {
-        "embed": cfg.d_model, "mlp": cfg.d_ff, "vocab": cfg.vocab_size, "q_heads": cfg.n_heads,
-        "k_heads": cfg.n_k_heads, "v_heads": cfg.n_v_heads, "batch": batch,
-    })  # fmt: skip
+    table = layouts.rules(
+        prediction.layout,
+        mesh,
+        {
+            "embed": cfg.d_model,
+            "mlp": cfg.d_ff,
+            "vocab": cfg.vocab_size,
+            "q_heads": cfg.n_heads,
+            "k_heads": cfg.n_k_heads,
+            "v_heads": cfg.n_v_heads,
+            "batch": batch,
+        },
+    )
     split = [layouts.parts(table[name], mesh) for name in ("cache_batch", "cache_heads", "cache_length")]
     held = set()
     for leaf in jax.tree.leaves(caches_lib.specs(cfg, cache, batch, context)):
@@ -157,10 +184,16 @@ def cut(job: dict) -> tuple[dict, tuple[int, int, int]]:
     batch = job["batch"] if job["batch"] <= 16 else math.gcd(job["batch"], 16)
     weights = "float32" if job["weights"] == "bfloat16" else job["weights"]
     smaller = {
-        "model": dataclasses.asdict(small), "cache": {**job["cache"], "dtype": "float32", "capacity": 0},
-        "layout": job["layout"], "phase": job["phase"], "batch": batch, "context": CUT_CONTEXT, "tokens": 0,
-        "weights": weights, "overlap": job["overlap"],
-    }  # fmt: skip
+        "model": dataclasses.asdict(small),
+        "cache": {**job["cache"], "dtype": "float32", "capacity": 0},
+        "layout": job["layout"],
+        "phase": job["phase"],
+        "batch": batch,
+        "context": CUT_CONTEXT,
+        "tokens": 0,
+        "weights": weights,
+        "overlap": job["overlap"],
+    }
     return json.loads(json.dumps(smaller)), tuple(mesh)
 
 
@@ -193,8 +226,15 @@ def measure_cut(job: dict) -> dict:
     args = _like((params, ids, at, caches), made.args)
     seconds, got = _timed(made, args)
     worst = float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
-    return {"milliseconds": 1e3 * seconds, "worst": worst, "mesh": list(shape), "batch": batch, "context": context,
-            "layers": cfg.n_layers, "d_model": cfg.d_model}  # fmt: skip
+    return {
+        "milliseconds": 1e3 * seconds,
+        "worst": worst,
+        "mesh": list(shape),
+        "batch": batch,
+        "context": context,
+        "layers": cfg.n_layers,
+        "d_model": cfg.d_model,
+    }
 
 
 def _like(values: Any, abstract: Any) -> Any:
@@ -218,8 +258,10 @@ def measure(made: sharded.Program, repeats: int = 10) -> float:
     def tree(abstract: Any, seed: int) -> Any:
         leaves, shape = jax.tree.flatten(abstract)
         keys = jax.random.split(jax.random.key(seed), len(leaves))
-        made_here = [jax.jit(fill, static_argnums=1, out_shardings=a.sharding)(k, _Spec(a.shape, a.dtype))
-                     for k, a in zip(keys, leaves, strict=True)]  # fmt: skip
+        made_here = [
+            jax.jit(fill, static_argnums=1, out_shardings=a.sharding)(k, _Spec(a.shape, a.dtype))
+            for k, a in zip(keys, leaves, strict=True)
+        ]
         return jax.tree.unflatten(shape, made_here)
 
     ids = made.args[1]

@@ -144,8 +144,15 @@ def context(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
             for line in lines[other.id]:
                 if line.compiled and "failure" not in line.compiled:
                     kv = line.predicted["layout"].partition("/")[2]
-                    axes.plot(other.context, 1e3 * line.compiled["total_seconds"], "D", ms=6, mfc="white", zorder=4,
-                              mec=COLOURS[KV.index(kv)] if kv in KV else GREY)  # fmt: skip
+                    axes.plot(
+                        other.context,
+                        1e3 * line.compiled["total_seconds"],
+                        "D",
+                        ms=6,
+                        mfc="white",
+                        zorder=4,
+                        mec=COLOURS[KV.index(kv)] if kv in KV else GREY,
+                    )
         axes.plot([], [], "D", ms=6, mfc="white", mec=GREY, label="compiled + modelled interconnect")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -155,8 +162,12 @@ def context(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
         axes.tick_params(which="both", labelsize=8)
         axes.set_xlabel("context, tokens (log; a line ends where memory does)")
         axes.set_ylabel("ms per decode step (log)")
-        axes.set_title(f"{cell.variant} {cell.slice} B{cell.batch} {cell.weights}: {ffn} on {'x'.join(map(str, mesh))}",
-                       loc="left", fontsize=9, color=INK)  # fmt: skip
+        axes.set_title(
+            f"{cell.variant} {cell.slice} B{cell.batch} {cell.weights}: {ffn} on {'x'.join(map(str, mesh))}",
+            loc="left",
+            fontsize=9,
+            color=INK,
+        )
         axes.legend(fontsize=7, frameon=False)
     return figure
 
@@ -193,8 +204,16 @@ def context_lines(cell: "Cell", ffn: str, mesh: tuple[int, int, int], overlap: s
         xs, ys = [], []
         for length in CONTEXTS:
             try:
-                p = cost.predict(work, layouts.parse(f"{ffn}/{kv}"), mesh, cell.chip, phase="decode", batch=cell.batch,
-                                 tokens=1, context=length)  # fmt: skip
+                p = cost.predict(
+                    work,
+                    layouts.parse(f"{ffn}/{kv}"),
+                    mesh,
+                    cell.chip,
+                    phase="decode",
+                    batch=cell.batch,
+                    tokens=1,
+                    context=length,
+                )
                 cost.check_memory(p)
             except ShardingError:
                 break
@@ -228,8 +247,15 @@ def memory(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
         limit = cost.CHIPS[cell.chip].hbm_bytes / GIB
         axes.plot([limit, limit], [i - 0.42, i + 0.42], color="#b00020", lw=1.6)
         largest = max(left, done["memory"]["total"] / GIB if done else 0)
-        axes.annotate(f"{largest:.3g} of {limit:.3g}", (largest, i), xytext=(4, 0), textcoords="offset points",
-                      fontsize=7, va="center", color=INK)  # fmt: skip
+        axes.annotate(
+            f"{largest:.3g} of {limit:.3g}",
+            (largest, i),
+            xytext=(4, 0),
+            textcoords="offset points",
+            fontsize=7,
+            va="center",
+            color=INK,
+        )
     axes.barh([0], [0], color=GREY, label="compiled: weights and cache")
     axes.barh([0], [0], color=PALE, label="compiled: temporaries and code")
     axes.plot([], [], color="#b00020", label="memory of the chip")

@@ -16,9 +16,20 @@ TOP = 8  # predicted rows shown of a cell
 REFUSED = 12  # reasons shown for which layouts do not fit
 GIB = 2**30
 COLUMNS = (
-    "question", "layout", "mesh", "predicted ms", "GiB", "MFU", "chip-s/token", "compiled ms", "GiB", "MFU", "doctor",
-    "measured", "paper ms",
-)  # fmt: skip
+    "question",
+    "layout",
+    "mesh",
+    "predicted ms",
+    "GiB",
+    "MFU",
+    "chip-s/token",
+    "compiled ms",
+    "GiB",
+    "MFU",
+    "doctor",
+    "measured",
+    "paper ms",
+)
 _CONSOLE = (0, 1, 2, 3, 4, 7, 8, 10, 11, 12)  # of COLUMNS
 _HOW = """\
 A pass is one decode step of the whole batch, or one prefill. Milliseconds and GiB per chip; MFU counts 2N FLOPs per
@@ -51,16 +62,24 @@ class Line:
         p, c = self.predicted, self.compiled
         question = self.cell.id + (f" ({', '.join(p['padded'])})" if p["padded"] else "")
         out = [question, p["layout"], "x".join(map(str, p["mesh"]))]
-        out += [f"{ms(p['seconds']['full'])} - {ms(p['seconds']['none'])}", gib(sum(p["memory_bytes"].values())),
-                percent(p["mfu"]), f"{p['chip_seconds_per_token']:.3g}"]  # fmt: skip
+        out += [
+            f"{ms(p['seconds']['full'])} - {ms(p['seconds']['none'])}",
+            gib(sum(p["memory_bytes"].values())),
+            percent(p["mfu"]),
+            f"{p['chip_seconds_per_token']:.3g}",
+        ]
         if c is None:
             out += ["-"] * 4
         elif "failure" in c:
             out += [f"failed: {c['failure_kind']}", gib(c["needed_bytes"]) if c.get("needed_bytes") else "-", "-", "-"]
         else:
             found = c["findings"]
-            out += [ms(c["total_seconds"]), gib(c["memory"]["total"]), percent(c["mfu"]),
-                    f"{found.get('warning', 0)}+{found.get('note', 0)}"]  # fmt: skip
+            out += [
+                ms(c["total_seconds"]),
+                gib(c["memory"]["total"]),
+                percent(c["mfu"]),
+                f"{found.get('warning', 0)}+{found.get('note', 0)}",
+            ]
         return (*out, measured_text(self.measured), ms(self.paper) if self.paper else "-")
 
 
@@ -124,9 +143,11 @@ def _table(cfg: Experiment, cells, lines, records) -> rich.table.Table:
         if planned and not lines[cell.id]:
             out.add_row("  " + cell.question, "none fits")
             said.append(f"\n{cell.id}: {_nearest(records, cell)} {planned['verdict']}")
-    out.caption = (f"Milliseconds a pass and GiB a chip. Predicted: all overlapped - all in turn. Compiled: the TPU "
-                   f"compiler plus modelled interconnect; doctor: warnings + notes. Measured: {_measured_how(records)}."
-                   + "".join(said))  # fmt: skip
+    out.caption = (
+        f"Milliseconds a pass and GiB a chip. Predicted: all overlapped - all in turn. Compiled: the TPU "
+        f"compiler plus modelled interconnect; doctor: warnings + notes. Measured: {_measured_how(records)}."
+        + "".join(said)
+    )
     return out
 
 
@@ -145,8 +166,10 @@ def _measured_how(records: list[dict[str, Any]]) -> str:
     if not kinds:
         return "nothing"
     if all(kind.startswith("cut") for kind in kinds):
-        return ("a small cut of the model on fake CPU devices, not the slice: its time only says that the layout runs, "
-                "the last number how far its logits are from the unsharded model's, relatively")  # fmt: skip
+        return (
+            "a small cut of the model on fake CPU devices, not the slice: its time only says that the layout runs, "
+            "the last number how far its logits are from the unsharded model's, relatively"
+        )
     return "the true program on " + ", ".join(kind for kind in kinds if not kind.startswith("cut"))
 
 
@@ -156,8 +179,13 @@ def _measured_how(records: list[dict[str, Any]]) -> str:
 def _report(cfg: Experiment, cells, lines, records, plots: bool) -> str:
     setup = next(r for r in records if r["kind"] == "setup")
     versions = ", ".join(f"{k} {v}" for k, v in setup["versions"].items())
-    out = [f"# Sharding study: {cfg.name}", "", f"Made on {setup['device']}, {versions}.", "",
-           _HOW.format(measured=_measured_how(records))]  # fmt: skip
+    out = [
+        f"# Sharding study: {cfg.name}",
+        "",
+        f"Made on {setup['device']}, {versions}.",
+        "",
+        _HOW.format(measured=_measured_how(records)),
+    ]
     out += _markdown([line.cells for line in summary_lines(cells, lines)])
     if plots:
         out += ["", *(f"![{name}]({name}.png)" for name in sharding_study_plot.names(cells, lines))]
@@ -179,8 +207,13 @@ def _section(cfg: Experiment, cell, lines: list[Line], records) -> list[str]:
     planned = _planned(records, cell)
     if planned is None:
         return []
-    out = ["", f"## {cell.id}", "", f"{planned['verdict']} {planned['tried']} layouts on meshes tried, "
-           f"{planned['fit']} rows fit; sorted by overlap {cfg.sharding_study.rank!r}."]  # fmt: skip
+    out = [
+        "",
+        f"## {cell.id}",
+        "",
+        f"{planned['verdict']} {planned['tried']} layouts on meshes tried, "
+        f"{planned['fit']} rows fit; sorted by overlap {cfg.sharding_study.rank!r}.",
+    ]
     if cell.paper:
         out += [f"The paper: `{cell.paper[0]}`, {ms(cell.paper[1])} ms ({cell.paper[2]})."]
     shown = [line for i, line in enumerate(lines) if i < TOP or line.compiled or line.paper]

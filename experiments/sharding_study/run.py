@@ -8,8 +8,9 @@
     paper       what was published, where the config says so
 
 A cell is one question: variant, slice, phase, batch, context, tokens, weights. Every answer is one line of
-results.jsonl; the same command finishes what is missing. A layout that does not fit, does not compile or does not
-run is a row with its reason. The model is padded as `experiments.sharding_study.jobs.padded` says, and every row says how.
+results.jsonl; the same command finishes what is missing. A layout that does not fit, does not compile or does not run
+is a row with its reason. The model is padded as `experiments.sharding_study.jobs.padded` says, and every row says
+how.
 """
 
 import collections
@@ -43,8 +44,18 @@ from sharding.layout import layouts
 
 # Fields of config.sharding_study that a resumed study may have changed: they add rows, or change no finished one.
 _FREE = (
-    "rows", "slices", "batches", "contexts", "phases", "tokens", "weights", "cells", "compile", "measure", "timeout",
-)  # fmt: skip
+    "rows",
+    "slices",
+    "batches",
+    "contexts",
+    "phases",
+    "tokens",
+    "weights",
+    "cells",
+    "compile",
+    "measure",
+    "timeout",
+)
 _FIRST_FINDINGS = 6
 
 
@@ -95,19 +106,31 @@ class Cell:
     def job(self, layout: str, overlap: str) -> dict[str, Any]:
         """Keyword arguments of sharded_jobs.program."""
         job = {
-            "model": dataclasses.asdict(self.row.model), "cache": dataclasses.asdict(self.row.cache), "layout": layout,
-            "phase": self.phase, "batch": self.batch, "context": self.context,
-            "tokens": self.tokens if self.phase == "prefill" else 0, "weights": self.weights, "overlap": overlap,
-        }  # fmt: skip
+            "model": dataclasses.asdict(self.row.model),
+            "cache": dataclasses.asdict(self.row.cache),
+            "layout": layout,
+            "phase": self.phase,
+            "batch": self.batch,
+            "context": self.context,
+            "tokens": self.tokens if self.phase == "prefill" else 0,
+            "weights": self.weights,
+            "overlap": overlap,
+        }
         return json.loads(json.dumps(job))
 
     def predict(self, layout: str, mesh: tuple[int, int, int]) -> cost.Prediction:
         """The cost model on the padded model; `counted_params` without the padding."""
         work = plan.workload(self.padded[0], self.row.cache, weights=self.weights)
         p = cost.predict(
-            work, layouts.parse(layout), tuple(mesh), self.chip, phase=self.phase, batch=self.batch, tokens=self.tokens,
+            work,
+            layouts.parse(layout),
+            tuple(mesh),
+            self.chip,
+            phase=self.phase,
+            batch=self.batch,
+            tokens=self.tokens,
             context=self.context,
-        )  # fmt: skip
+        )
         return dataclasses.replace(p, counted_params=self.counted_params)
 
 
@@ -280,8 +303,12 @@ class _Study:
         self.cfg, self.cells, self.journal, self.compiler, self.console = cfg, cells, journal, compiler, console
 
     def run(self) -> None:
-        columns = (rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
-                   rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn())  # fmt: skip
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+        )
         # A notebook would need widgets for the bar; finished rows are printed in any case.
         how = {"console": self.console, "transient": True, "disable": self.console.is_jupyter}
         with rich.progress.Progress(*columns, **how) as bar, Cuts() as cuts:
@@ -332,8 +359,12 @@ class _Study:
                 f"{record['total_seconds'] * 1e3:.4g} ms, {record['memory']['total'] / 2**30:.1f} GiB"
             )
         else:
-            record = {"kind": "measured", "key": measured_key(self.cfg, cell, row), **about,
-                      **measured(self.cfg, cell, row, cuts)}  # fmt: skip
+            record = {
+                "kind": "measured",
+                "key": measured_key(self.cfg, cell, row),
+                **about,
+                **measured(self.cfg, cell, row, cuts),
+            }
             said = record.get("failure") or f"{record['milliseconds']:.4g} ms ({record['what']})"
         wall = time.perf_counter() - began
         self.journal.add({**record, "wall_seconds": round(wall, 1), "date": time.strftime("%Y-%m-%d %H:%M:%S")})
@@ -345,10 +376,20 @@ def predict(cfg: Experiment, cell: Cell) -> list[dict[str, Any]]:
     s = cfg.sharding_study
     model, notes = cell.padded
     p = plan.plan(
-        model, cell.row.cache, chip=cell.chip, chips=cell.chips, batch=cell.batch, context=cell.context,
-        phase=cell.phase, tokens=cell.tokens, weights=cell.weights, overlap=s.rank, pad_heads=False,
-        layouts=plan.parse_layouts(s.layouts), meshes=_meshes(cfg, cell.chips),
-    )  # fmt: skip
+        model,
+        cell.row.cache,
+        chip=cell.chip,
+        chips=cell.chips,
+        batch=cell.batch,
+        context=cell.context,
+        phase=cell.phase,
+        tokens=cell.tokens,
+        weights=cell.weights,
+        overlap=s.rank,
+        pad_heads=False,
+        layouts=plan.parse_layouts(s.layouts),
+        meshes=_meshes(cfg, cell.chips),
+    )
     fine, default = set(map(id, p.feasible)), plan.default_mesh(cell.chips)
     second = [c for c in p.candidates if not c.reason and c.mesh == default and id(c) not in fine]
     fitting = sorted([*p.feasible, *second], key=lambda c: float(f"{c.seconds:.5e}"))  # stable: the plan breaks ties
@@ -358,8 +399,15 @@ def predict(cfg: Experiment, cell: Cell) -> list[dict[str, Any]]:
             refused.setdefault(c.layout, c)
     records = []
     for rank, c in enumerate([*fitting, *refused.values()]):
-        record = {"kind": "predicted", "cell": cell.id, "rank": rank, "layout": c.layout.name, "mesh": list(c.mesh),
-                  "padded": list(notes), "reason": c.reason}  # fmt: skip
+        record = {
+            "kind": "predicted",
+            "cell": cell.id,
+            "rank": rank,
+            "layout": c.layout.name,
+            "mesh": list(c.mesh),
+            "padded": list(notes),
+            "reason": c.reason,
+        }
         if c.prediction is not None:
             counted = dataclasses.replace(c.prediction, counted_params=cell.counted_params)
             record |= plan_report.row(dataclasses.replace(c, prediction=counted))
@@ -464,10 +512,13 @@ class Cuts:
             here = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
             paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "experiments.sharding_study.jobs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True,
+                [sys.executable, "-m", "experiments.sharding_study.jobs"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
                 env={**here, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths},
-            )  # fmt: skip
+            )
         try:
             self._child.stdin.write(json.dumps(job) + "\n")
             self._child.stdin.flush()

@@ -29,9 +29,16 @@ def draw(cfg: Experiment, rows: list[dict[str, Any]], reference: dict[str, Any] 
     if reference:
         axes.axhline(reference["nll"], color=PALE, lw=1.2, zorder=0)
         axes.annotate(
-            f"unconverted, ppl {np.exp(reference['nll']):.3g}", (0.008, reference["nll"]), color=GREY, fontsize=9,
-            xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points", ha="left", va="bottom",
-        )  # fmt: skip
+            f"unconverted, ppl {np.exp(reference['nll']):.3g}",
+            (0.008, reference["nll"]),
+            color=GREY,
+            fontsize=9,
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="left",
+            va="bottom",
+        )
     points = [_mark(axes, row, x, COLOURS[i % len(COLOURS)]) for i, (row, x) in enumerate(zip(rows, sizes))]
     _frontier(axes, points)
     _decorate(cfg, axes, rows)
@@ -56,9 +63,12 @@ def _mark(axes: Any, row: dict[str, Any], x: float, colour: str) -> tuple[float,
         axes.plot(x, before["nll"], "o", ms=7, mfc="white", mec=colour, mew=1.6, zorder=3)
     if before and after:
         axes.annotate(
-            "", (x, after["nll"]), (x, before["nll"]), zorder=2,
+            "",
+            (x, after["nll"]),
+            (x, before["nll"]),
+            zorder=2,
             arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.6, "shrinkA": 5, "shrinkB": 5, "alpha": 0.75},
-        )  # fmt: skip
+        )
     if after:
         axes.errorbar(x, after["nll"], yerr=after["stderr"], fmt="o", ms=8, color=colour, capsize=3, lw=1.2, zorder=4)
     return x, (after or before)["nll"], colour
@@ -121,10 +131,18 @@ def _label(figure: Any, axes: Any, rows: list[dict[str, Any]], points: list[tupl
     frame = axes.get_window_extent(renderer)
     for row, (x, y, colour) in zip(rows, points):
         text = axes.annotate(
-            f"{row['name']}\nppl {number(np.exp(min(y, 700)))}", (x, y), fontsize=9.5, color=colour, linespacing=1.15,
-            textcoords="offset points", xytext=(10, 0), ha="left", va="center", zorder=5,
+            f"{row['name']}\nppl {number(np.exp(min(y, 700)))}",
+            (x, y),
+            fontsize=9.5,
+            color=colour,
+            linespacing=1.15,
+            textcoords="offset points",
+            xytext=(10, 0),
+            ha="left",
+            va="center",
+            zorder=5,
             bbox={"fc": "white", "ec": "none", "alpha": 0.85, "pad": 0.5},
-        )  # fmt: skip
+        )
         best = None
         for dx, dy, ha in _places():
             text.set(position=(dx, dy), ha=ha)

@@ -11,9 +11,18 @@ from experiments.study.plot import draw, number
 from kvattn.config import Experiment
 
 COLUMNS = (
-    "variant", "KV B/token", "of base", "ppl before", "ppl after", "loss vs base", "KL before", "KL after",
-    "tokens/s", "of roofline", "params",
-)  # fmt: skip
+    "variant",
+    "KV B/token",
+    "of base",
+    "ppl before",
+    "ppl after",
+    "loss vs base",
+    "KL before",
+    "KL after",
+    "tokens/s",
+    "of roofline",
+    "params",
+)
 
 
 def summary(nll: np.ndarray) -> dict[str, Any]:
@@ -151,8 +160,10 @@ def markdown(cfg: Experiment, records: list[dict[str, Any]], rows: list[dict[str
                 if phase in row:
                     head.append(f"- {row['name']}, {phase}: `{_inline(row[phase]['text'])}`")
     head += ["", "## How it was made", "", "```", command(cfg), "```", ""]
-    head.append(f"{done} of {len(cfg.study.rows)} rows finished, {minutes:.1f} minutes, on {setup['device']} "
-                f"({setup['cores']} cores); {versions}. The same command resumes or repeats it.")  # fmt: skip
+    head.append(
+        f"{done} of {len(cfg.study.rows)} rows finished, {minutes:.1f} minutes, on {setup['device']} "
+        f"({setup['cores']} cores); {versions}. The same command resumes or repeats it."
+    )
     return "\n".join(head) + "\n"
 
 

@@ -30,7 +30,7 @@ from kvattn import account, convert, formats
 from kvattn.config import CacheConfig, DecodeConfig, Experiment, StudyConfig, VariantConfig, executed
 from kvattn.convert import report as measure
 from kvattn.data import batches as data
-from kvattn.decode import generate as decode
+from kvattn.decode import generation as decode
 from kvattn.errors import UserError
 from kvattn.evaluate import perplexity as evaluate
 from kvattn.train import loop as train
@@ -40,9 +40,18 @@ from sharding.cost.hardware import measure_cpu, of_device
 KL_TOKENS = 256  # of the held-out text, behind each KL
 # Fields that change no figure: a study may go on with other values, or with rows added.
 _FREE = (
-    "workdir", "name", "variants", "steps", "study.rows", "study.keep_models", "sharding_study", "train.log_every",
-    "train.checkpoint_every", "train.keep", "train.steps",
-)  # fmt: skip
+    "workdir",
+    "name",
+    "variants",
+    "steps",
+    "study.rows",
+    "study.keep_models",
+    "sharding_study",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.steps",
+)
 
 
 def run(cfg: Experiment) -> list[dict[str, Any]]:
@@ -277,9 +286,16 @@ class _Lab:
     def _train(self, row: VariantConfig) -> tuple[train.FitResult, convert.Converted]:
         made, steps = self._convert(row), self.cfg.train.steps
         cfg = dataclasses.replace(
-            self.cfg, name=f"{self.cfg.name}/{row.name}", workdir=str(_row_dir(self.cfg, row)), convert=row.convert,
-            cache=row.cache, model=row.model or self.cfg.model, study=StudyConfig(), variants=(), steps=-1,
-        )  # fmt: skip
+            self.cfg,
+            name=f"{self.cfg.name}/{row.name}",
+            workdir=str(_row_dir(self.cfg, row)),
+            convert=row.convert,
+            cache=row.cache,
+            model=row.model or self.cfg.model,
+            study=StudyConfig(),
+            variants=(),
+            steps=-1,
+        )
         teacher = Teacher(self.base.model, self.base.params) if train.wants_teacher(cfg) and self.base else None
         self.show.now(f"{row.name}: compiling the training step")
 
@@ -309,9 +325,14 @@ class _Lab:
         e = self.cfg.eval
         self.show.now(f"{name}: evaluating")
         nll = evaluate.token_nll(
-            made.params, made.model, self.ids, context=e.context, stride=e.stride, cache_cfg=store,
+            made.params,
+            made.model,
+            self.ids,
+            context=e.context,
+            stride=e.stride,
+            cache_cfg=store,
             progress=lambda done, total: self.show.now(f"{name}: evaluating, window {done}/{total}"),
-        )  # fmt: skip
+        )
         np.save(self.journal.nll_path(phase, row), nll)
         return study_report.summary(nll)
 

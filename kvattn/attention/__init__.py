@@ -24,6 +24,4 @@ def _from_module(module) -> Projection:
     return Projection(**{field.name: getattr(module, field.name) for field in dataclasses.fields(Projection)})
 
 
-VARIANTS = {
-    "heads": _from_module(heads),
-}
+VARIANTS = {"heads": _from_module(heads)}

@@ -79,8 +79,10 @@ def _merged(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, operan
     if not any(op.split for op in operands):
         return together.out
     if len(operands) > 1 and whole("cache_length", 1) > 1:
-        raise UserError("a ring whose slots are split over chips takes one token at a time; prefill it in one pass, or "
-                        "use a full cache or a layout without by_seq.")
+        raise UserError(
+            "a ring whose slots are split over chips takes one token at a time; prefill it in one pass, or "
+            "use a full cache or a layout without by_seq."
+        )
     return merge_softmax(*together, "cache_length", _STATS, _OUT)
 
 

@@ -73,8 +73,15 @@ def cudnn(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, op: Any)
         turn = functools.partial(_take, index=at % q.shape[1])
         q, k, v = turn(q), turn(k.swapaxes(1, 2)), turn(v.swapaxes(1, 2))
         out = jax.nn.dot_product_attention(
-            q, k, v, scale=cfg.scale, is_causal=True, key_value_seq_lengths=lengths, query_seq_lengths=lengths,
-            local_window_size=(window - 1, 0) if window else None, implementation="cudnn",
+            q,
+            k,
+            v,
+            scale=cfg.scale,
+            is_causal=True,
+            key_value_seq_lengths=lengths,
+            query_seq_lengths=lengths,
+            local_window_size=(window - 1, 0) if window else None,
+            implementation="cudnn",
         )
         return _take(out, jnp.argsort(at % q.shape[1], axis=1))
 
@@ -114,14 +121,23 @@ def _splash_rows(q, k, v, ids, *, scale: float, window: int, cap: float, interpr
     block = max(b for b in range(LANES, SPLASH_BLOCK + 1, LANES) if padded % b == 0)
     inner = block if block <= SPLASH_COMPUTE or block % SPLASH_COMPUTE else SPLASH_COMPUTE
     sizes = lib.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=inner, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=inner, use_fused_bwd_kernel=True,
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=inner,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=inner,
+        use_fused_bwd_kernel=True,
     )
     shape = (padded, padded)
     seen = lib.LocalMask(shape, (window - 1, 0), 0) if window else lib.CausalMask(shape)
     op = lib.make_splash_mha(
-        lib.MultiHeadMask([seen] * q.shape[2]), head_shards=1, q_seq_shards=1, block_sizes=sizes,
-        attn_logits_soft_cap=cap or None, interpret=interpret,
+        lib.MultiHeadMask([seen] * q.shape[2]),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=sizes,
+        attn_logits_soft_cap=cap or None,
+        interpret=interpret,
     )
     q = (q.astype(jnp.float32) * scale).astype(q.dtype).swapaxes(1, 2)
     wide = ((0, 0), (0, 0), (0, padded - length), (0, 0))
@@ -151,7 +167,12 @@ def tokamax(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, op: An
 
     def run(q, k, v, mask):
         return lib.dot_product_attention(
-            q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask[:, None], scale=cfg.scale, is_causal=True,
+            q,
+            k.swapaxes(1, 2),
+            v.swapaxes(1, 2),
+            mask=mask[:, None],
+            scale=cfg.scale,
+            is_causal=True,
             logits_soft_cap=cap or None,
         )
 

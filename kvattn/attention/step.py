@@ -38,8 +38,10 @@ def step(cfg: ModelConfig, layer: int, q: jax.Array, positions: jax.Array, kv: K
         raise UserError(f"model.decode_kernel is {name!r}: {MADE}.")
     target.need("model.decode_kernel", name, BACKENDS[name].platform)
     if partitioned():
-        raise UserError(f"model.decode_kernel is {name!r} in a program that the compiler partitions; write its "
-                        "collectives out (sharding_study.overlap none, one_way or two_way), or use xla.")
+        raise UserError(
+            f"model.decode_kernel is {name!r} in a program that the compiler partitions; write its "
+            "collectives out (sharding_study.overlap none, one_way or two_way), or use xla."
+        )
     try:
         return decode_attention(q, kv, positions, options(cfg, layer), backend=name, interpret=target.interpret())
     except KernelError as error:
@@ -63,8 +65,10 @@ def reason_against(cfg: ModelConfig, cache: CacheConfig, capacity: int = 0) -> s
             return MADE
         for leaf in (kv.k, kv.v or kv.k):
             if BACKENDS[cfg.decode_kernel].platform == "tpu" and not leaf.lanes and leaf.dim % LANES:
-                return (f"rows of {leaf.dim} do not fill a TPU's {LANES} lanes, so that the cache would be copied; "
-                        "use cache.layout lanes")
+                return (
+                    f"rows of {leaf.dim} do not fill a TPU's {LANES} lanes, so that the cache would be copied; "
+                    "use cache.layout lanes"
+                )
         q = jax.ShapeDtypeStruct((1, 1, cfg.n_heads, cfg.head_dim), dtype)
         try:
             reason = why_not(cfg.decode_kernel, problem(q, kv, options(cfg, layer)))

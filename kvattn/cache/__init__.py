@@ -3,5 +3,16 @@
 from kvattn.cache.base import Cache, append, axes, create, is_paged, kv, layout, nbytes, pool_pages, read, specs, stored
 
 __all__ = [
-    "Cache", "append", "axes", "create", "is_paged", "kv", "layout", "nbytes", "pool_pages", "read", "specs", "stored",
+    "Cache",
+    "append",
+    "axes",
+    "create",
+    "is_paged",
+    "kv",
+    "layout",
+    "nbytes",
+    "pool_pages",
+    "read",
+    "specs",
+    "stored",
 ]

@@ -194,6 +194,12 @@ def kv(cache: Cache, k: str = "k", v: str = "v", v_dim: int = 0) -> KV:
     start = offset("cache_length", cache.slots)
     value = None if v_dim else quantized.as_leaf(cache.entries[v])
     return KV(
-        quantized.as_leaf(cache.entries[k]), value, cache.length, cache.table,
-        None if isinstance(start, int) else jnp.asarray(start, jnp.int32), v_dim, cache.ring, cache.sinks,
+        quantized.as_leaf(cache.entries[k]),
+        value,
+        cache.length,
+        cache.table,
+        None if isinstance(start, int) else jnp.asarray(start, jnp.int32),
+        v_dim,
+        cache.ring,
+        cache.sinks,
     )

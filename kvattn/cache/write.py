@@ -48,8 +48,10 @@ def _write_rows(axes: dict[str, int], held: Arrays, new: Arrays, rows: jax.Array
 
         def write(held, b=b):
             row = b if rows is None else rows[b, 0]
-            return {n: jax.lax.dynamic_update_slice(leaf, new[n][b : b + 1], _at(leaf, axes[n], row, slots[b, 0]))
-                    for n, leaf in held.items()}
+            return {
+                n: jax.lax.dynamic_update_slice(leaf, new[n][b : b + 1], _at(leaf, axes[n], row, slots[b, 0]))
+                for n, leaf in held.items()
+            }
 
         held = jax.lax.cond(slots[b, 0] < size, write, lambda held: held, held)
     return held

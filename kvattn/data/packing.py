@@ -89,16 +89,7 @@ class RecallRows:
     Raises UserError: 4N > T, T odd, or too small a vocabulary for N distinct keys.
     """
 
-    def __init__(
-        self,
-        count: int,
-        seq_len: int,
-        pairs: int,
-        vocab: int,
-        seed: int,
-        stream: int,
-        power: float = 0.01,
-    ):
+    def __init__(self, count: int, seq_len: int, pairs: int, vocab: int, seed: int, stream: int, power: float = 0.01):
         if pairs < 1 or 4 * pairs > seq_len or seq_len % 2:
             raise UserError(
                 f"data.mqar_pairs is {pairs} and data.seq_len {seq_len}; recall needs an even length "
@@ -110,9 +101,7 @@ class RecallRows:
             )
         self._count, self._seq_len, self._pairs, self._vocab = count, seq_len, pairs, vocab
         self._seed = (seed, stream)
-        weight = power * (np.arange(1, (seq_len - 2 * pairs) // 2 + 1, dtype=np.float64)) ** (
-            power - 1
-        )
+        weight = power * (np.arange(1, (seq_len - 2 * pairs) // 2 + 1, dtype=np.float64)) ** (power - 1)
         self._gap_probability = weight / weight.sum()
 
     def __len__(self) -> int:

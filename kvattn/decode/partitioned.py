@@ -58,25 +58,32 @@ class Program:
         shardings = jax.tree.map(lambda a: a.sharding, self.args)
         args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.args)
         if free_layouts:
-            free = {name: jax.tree.map(lambda s: Format(Layout.AUTO, s), shardings[0][name])
-                    for name in ("layers", "unembed") if name in shardings[0]}
+            free = {
+                name: jax.tree.map(lambda s: Format(Layout.AUTO, s), shardings[0][name])
+                for name in ("layers", "unembed")
+                if name in shardings[0]
+            }
             shardings = ({**shardings[0], **free}, *shardings[1:])
-        jitted = jax.jit(self.fn, in_shardings=shardings, out_shardings=self.out_shardings,
-                         donate_argnums=self.donate_argnums)
+        jitted = jax.jit(
+            self.fn, in_shardings=shardings, out_shardings=self.out_shardings, donate_argnums=self.donate_argnums
+        )
         return jitted.lower(*args)
 
 
-def rules_for(
-    cfg: ModelConfig, layout: layouts.Layout, mesh: Any, batch: int, slots: tuple[int, ...] = ()
-) -> Rules:
+def rules_for(cfg: ModelConfig, layout: layouts.Layout, mesh: Any, batch: int, slots: tuple[int, ...] = ()) -> Rules:
     """The rule table of `layout` for this model and batch. `slots`: slots of the caches, which by_seq splits.
 
     Raises ShardingError where the layout does not fit.
     """
     dims = {
-        "embed": cfg.d_model, "mlp": cfg.d_ff, "vocab": cfg.vocab_size, "q_heads": cfg.n_heads,
-        "k_heads": cfg.n_k_heads, "v_heads": cfg.n_k_heads if cfg.tied_kv else cfg.n_v_heads, "batch": batch,
-    }  # fmt: skip
+        "embed": cfg.d_model,
+        "mlp": cfg.d_ff,
+        "vocab": cfg.vocab_size,
+        "q_heads": cfg.n_heads,
+        "k_heads": cfg.n_k_heads,
+        "v_heads": cfg.n_k_heads if cfg.tied_kv else cfg.n_v_heads,
+        "batch": batch,
+    }
     table: Rules = {}
     for count in slots or (0,):
         table = layouts.rules(layout, dict(mesh.shape), {**dims, "slots": count})
@@ -156,11 +163,15 @@ def build(
 def _held(cfg: ModelConfig, cache: CacheConfig, batch: int, context: int) -> tuple[Any, ...]:
     """Abstract caches. Raises UserError for a store that has no sharded form."""
     if "paged" in cache.kinds:
-        raise UserError("cache.kinds has paged, which is not split over chips: a table does not say which chip "
-                        "holds a page; use full, ring or by_mask.")
+        raise UserError(
+            "cache.kinds has paged, which is not split over chips: a table does not say which chip "
+            "holds a page; use full, ring or by_mask."
+        )
     if cache.key_scale == "channel":
-        raise UserError("cache.key_scale is 'channel', which is not split over chips: all of a sequence's first tokens "
-                        "fix it; use token.")
+        raise UserError(
+            "cache.key_scale is 'channel', which is not split over chips: all of a sequence's first tokens "
+            "fix it; use token."
+        )
     return caches_lib.specs(cfg, cache, batch, context)
 
 
@@ -226,9 +237,15 @@ def _compiler(step: Callable, mesh: Mesh, rules: Rules, caches_at: Any) -> Calla
 
 
 def build_floor(
-    cfg: ModelConfig, cache: CacheConfig, layout: layouts.Layout | str, mesh: Mesh, *, batch: int, context: int,
+    cfg: ModelConfig,
+    cache: CacheConfig,
+    layout: layouts.Layout | str,
+    mesh: Mesh,
+    *,
+    batch: int,
+    context: int,
     weights: str = "bfloat16",
-) -> Program:  # fmt: skip
+) -> Program:
     """The weight matmuls and cache reads of a decode step alone, with the shapes one chip has in `layout`: no
     collectives, norms, rotation, softmax or cache writes. What the compiler estimates for it is the floor that
     `build(phase="decode")` is held against. fn(params, q, x, caches) -> a scalar.
@@ -239,8 +256,10 @@ def build_floor(
     if cfg.variant != "heads" or cfg.tied_kv:
         raise UserError(f"model.variant is {cfg.variant!r}; the floor is written for plain k and v.")
     if any(isinstance(leaf, Leaf) for leaf in step.args[3][0].entries.values()):
-        raise UserError(f"cache.dtype is {cache.dtype!r} and cache.layout {cache.layout!r}; the floor is written for "
-                        "rows of float32 or bfloat16.")
+        raise UserError(
+            f"cache.dtype is {cache.dtype!r} and cache.layout {cache.layout!r}; the floor is written for "
+            "rows of float32 or bfloat16."
+        )
     sizes, rules = dict(mesh.shape), step.rules
     rows = batch // layouts.parts(rules["act_batch"], sizes)
     width = cfg.d_model // layouts.parts(rules["act_embed"], sizes)
@@ -248,12 +267,18 @@ def build_floor(
     heads = cfg.n_heads // layouts.parts(rules["attn_heads"], sizes)
     dtype = jax.tree.leaves(step.args[0]["final_norm"])[0].dtype
     everywhere = NamedSharding(mesh, PartitionSpec())
-    inputs = [jax.ShapeDtypeStruct(s, dtype, sharding=everywhere)
-              for s in ((held, 1, heads, cfg.head_dim), (rows, 1, width))]
+    inputs = [
+        jax.ShapeDtypeStruct(s, dtype, sharding=everywhere) for s in ((held, 1, heads, cfg.head_dim), (rows, 1, width))
+    ]
     specs = jax.tree.map(lambda a: a.sharding.spec, step.args)
     body = functools.partial(_floor, cfg)
-    fn = jax.shard_map(body, mesh=mesh, in_specs=(specs[0], PartitionSpec(), PartitionSpec(), specs[3]),
-                       out_specs=PartitionSpec(), check_vma=False)
+    fn = jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(specs[0], PartitionSpec(), PartitionSpec(), specs[3]),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
     return Program(fn, (step.args[0], *inputs, step.args[3]), everywhere, (), rules)
 
 

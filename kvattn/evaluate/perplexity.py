@@ -26,17 +26,7 @@ from kvattn.evaluate import scoring
 from kvattn.evaluate.scoring import Sequences
 from kvattn.evaluate.tasks import Needle, NeedleCell, Recall, mqar, needle
 
-__all__ = [
-    "Needle",
-    "NeedleCell",
-    "Perplexity",
-    "Recall",
-    "mqar",
-    "needle",
-    "perplexity",
-    "run",
-    "token_nll",
-]
+__all__ = ["Needle", "NeedleCell", "Perplexity", "Recall", "mqar", "needle", "perplexity", "run", "token_nll"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,18 +100,12 @@ def token_nll(
     if context < 2:
         raise UserError(f"eval.context is {context}; give at least 2 tokens.")
     if not 1 <= stride <= context:
-        raise UserError(
-            f"eval.stride is {stride} and eval.context {context}; the stride lies in 1..context."
-        )
+        raise UserError(f"eval.stride is {stride} and eval.context {context}; the stride lies in 1..context.")
     if ids.ndim != 1 or len(ids) < 2:
-        raise UserError(
-            f"the text has {ids.size} tokens in shape {ids.shape}; perplexity needs at least 2 in a row."
-        )
+        raise UserError(f"the text has {ids.size} tokens in shape {ids.shape}; perplexity needs at least 2 in a row.")
     scoring.check_ids(cfg, ids, "the text's tokens")
     sequences, where = windows(ids.astype(np.int32), context, stride)
-    scores = scoring.score(
-        params, cfg, sequences, cache_cfg, batch=batch, chunk=chunk, progress=progress
-    )
+    scores = scoring.score(params, cfg, sequences, cache_cfg, batch=batch, chunk=chunk, progress=progress)
     out = np.full(len(ids), np.nan)
     out[where[sequences.scored]] = scores.nll[sequences.scored]
     return out
@@ -145,20 +129,14 @@ def windows(ids: np.ndarray, context: int, stride: int) -> tuple[Sequences, np.n
 
 def evaluation_text(cfg: Experiment) -> str:
     """The file `eval.text`, or the held-out part of `data`. Raises UserError: unreadable or empty."""
-    text = (
-        corpora.read_text(cfg.eval.text, "eval.text") if cfg.eval.text else data.eval_text(cfg.data)
-    )
+    text = corpora.read_text(cfg.eval.text, "eval.text") if cfg.eval.text else data.eval_text(cfg.data)
     if not text.strip():
         raise UserError(f"eval.text: {cfg.eval.text} holds no text; give a file that is not empty.")
     return text
 
 
 def run(
-    cfg: Experiment,
-    params: Any,
-    model_cfg: ModelConfig,
-    tokenizer: Any,
-    progress: scoring.Progress | None = None,
+    cfg: Experiment, params: Any, model_cfg: ModelConfig, tokenizer: Any, progress: scoring.Progress | None = None
 ) -> dict[str, Any]:
     """Everything `cfg.eval` asks for, of `model_cfg` in a cache as `cfg.cache` says -> one flat result.
 
@@ -183,13 +161,7 @@ def run(
     bytes_per_token = len(text.encode()) / len(ids)
     ids = ids[: cfg.eval.max_tokens] if cfg.eval.max_tokens else ids
     result = perplexity(
-        params,
-        model_cfg,
-        ids,
-        context=cfg.eval.context,
-        stride=cfg.eval.stride,
-        cache_cfg=cfg.cache,
-        progress=progress,
+        params, model_cfg, ids, context=cfg.eval.context, stride=cfg.eval.stride, cache_cfg=cfg.cache, progress=progress
     )
     out = {**result.to_dict(), "bits_per_byte": result.nll_mean / math.log(2) / bytes_per_token}
     if cfg.eval.needle_lengths:
@@ -215,22 +187,16 @@ def run_checkpoint(cfg: Experiment) -> dict[str, Any]:
     no checkpoint is named, a mesh of several devices, or anything that loading, converting or `run` raises.
     """
     if not cfg.checkpoint.path:
-        raise UserError(
-            "checkpoint.path is empty; name the checkpoint to evaluate with --checkpoint=PATH."
-        )
+        raise UserError("checkpoint.path is empty; name the checkpoint to evaluate with --checkpoint=PATH.")
     if (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) != (1, 1, 1):
-        raise UserError(
-            "mesh has several devices but evaluation runs on one; leave config.mesh at 1."
-        )
+        raise UserError("mesh has several devices but evaluation runs on one; leave config.mesh at 1.")
     loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
     key = jax.random.fold_in(jax.random.key(cfg.seed), 1)  # as in train.run: the same random heads
     made = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=key)
     model_cfg = executed(made.model, cfg.model)
     columns = "{task.description} {task.completed}/{task.total}"
     console = rich.console.Console(stderr=True)
-    with rich.progress.Progress(
-        columns, rich.progress.BarColumn(), console=console, transient=True
-    ) as bar:
+    with rich.progress.Progress(columns, rich.progress.BarColumn(), console=console, transient=True) as bar:
         task = bar.add_task("evaluated")
         result = run(
             cfg,
@@ -239,20 +205,14 @@ def run_checkpoint(cfg: Experiment) -> dict[str, Any]:
             loaded.tokenizer,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    about = {
-        "checkpoint": loaded.source,
-        "conversions": made.note,
-        "cache": dataclasses.asdict(cfg.cache),
-    }
+    about = {"checkpoint": loaded.source, "conversions": made.note, "cache": dataclasses.asdict(cfg.cache)}
     about["kv_bytes_per_token"] = account.kv_bytes_per_token(model_cfg, cfg.cache)
     return about | result
 
 
 def describe(result: dict[str, Any]) -> str:
     """A result of `run_checkpoint` as a few lines of text."""
-    lines = [
-        f"{result['checkpoint']} ({result['conversions']}), {result['kv_bytes_per_token']} KV bytes per token"
-    ]
+    lines = [f"{result['checkpoint']} ({result['conversions']}), {result['kv_bytes_per_token']} KV bytes per token"]
     if "ppl" in result:
         lines.append(
             f"perplexity {result['ppl']:.4f}  (nll {result['nll_mean']:.4f} +- {result['stderr']:.4f}, "

@@ -99,9 +99,7 @@ def _score_batch(params, cfg, part: Sequences, caches, chunk: int, out: Scores) 
     pending = []
     for start in range(0, min(width, last + 1), chunk):
         columns = slice(start, start + chunk)
-        hidden, caches = _extend(
-            params, cfg, part.tokens[:, columns], part.positions[:, columns], caches
-        )
+        hidden, caches = _extend(params, cfg, part.tokens[:, columns], part.positions[:, columns], caches)
         for offset in range(0, chunk, piece):
             where = slice(start + offset, min(start + offset + piece, start + chunk))
             if part.scored[:, where].any():
@@ -139,13 +137,7 @@ _unembed = jax.jit(model.unembed, static_argnames="cfg")
 
 
 def logits(
-    params: Any,
-    cfg: ModelConfig,
-    tokens: np.ndarray,
-    *,
-    mode: str,
-    cache_cfg: CacheConfig,
-    chunk: int = 512,
+    params: Any, cfg: ModelConfig, tokens: np.ndarray, *, mode: str, cache_cfg: CacheConfig, chunk: int = 512
 ) -> np.ndarray:
     """Logits [B,T,W] float32 after every token of tokens [B,T], read through the cache.
 
@@ -163,9 +155,7 @@ def logits(
     for start in range(0, width, chunk):
         columns = slice(start, start + chunk)
         fresh = mode == "prefill" and start == 0
-        hidden, caches = _extend(
-            params, cfg, tokens[:, columns], positions[:, columns], caches, fresh=fresh
-        )
+        hidden, caches = _extend(params, cfg, tokens[:, columns], positions[:, columns], caches, fresh=fresh)
         out[:, columns] = _unembed(params, cfg, hidden)
     return out
 
@@ -182,9 +172,7 @@ def plan_capacity(cfg: ModelConfig, cache_cfg: CacheConfig, need: int) -> int:
     Raises UserError: a fixed `cache.capacity` is smaller and some layer keeps every token.
     """
     capacity = cache_cfg.capacity or need
-    if capacity < need and any(
-        cache.layout(cfg, cache_cfg, owner, capacity)[1] == 0 for owner in cfg.owners
-    ):
+    if capacity < need and any(cache.layout(cfg, cache_cfg, owner, capacity)[1] == 0 for owner in cfg.owners):
         raise UserError(
             f"config.cache.capacity is {capacity} but a sequence has {need} tokens; set it to at least {need}, or 0."
         )
@@ -216,13 +204,9 @@ def read_tokens(path: str) -> np.ndarray:
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)  # a lying header allocates nothing
     except OSError as e:
-        raise UserError(
-            f"--tokens: {path} cannot be read ({e.strerror or e}); give a .npy file."
-        ) from e
+        raise UserError(f"--tokens: {path} cannot be read ({e.strerror or e}); give a .npy file.") from e
     except (ValueError, EOFError) as e:
-        raise UserError(
-            f"--tokens: {path} is not a whole .npy file; write it with numpy.save."
-        ) from e
+        raise UserError(f"--tokens: {path} is not a whole .npy file; write it with numpy.save.") from e
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         kind = getattr(ids, "dtype", "an archive")
         raise UserError(f"--tokens: {path} holds {kind}; give integer token ids.")
@@ -234,15 +218,8 @@ def read_tokens(path: str) -> np.ndarray:
 def check_writable(path: str) -> None:
     """Raises UserError unless a file can be made at `path`, before any work is done for it."""
     folder = os.path.dirname(path) or "."
-    if (
-        not path
-        or os.path.isdir(path)
-        or not os.path.isdir(folder)
-        or not os.access(folder, os.W_OK)
-    ):
-        raise UserError(
-            f"--out is {path!r}, which cannot be written; give a file in a writable folder."
-        )
+    if not path or os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise UserError(f"--out is {path!r}, which cannot be written; give a file in a writable folder.")
 
 
 def write_array(path: str, array: np.ndarray) -> None:
@@ -257,9 +234,7 @@ def write_array(path: str, array: np.ndarray) -> None:
             np.save(f, array)
         os.replace(temporary, path)
     except OSError as e:
-        raise UserError(
-            f"--out: {path} cannot be written ({e.strerror or e}); make room or change it."
-        ) from e
+        raise UserError(f"--out: {path} cannot be written ({e.strerror or e}); make room or change it.") from e
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

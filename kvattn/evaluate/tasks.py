@@ -47,9 +47,7 @@ class Needle:
     cells: tuple[NeedleCell, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {
-            "cells": [dataclasses.asdict(cell) for cell in self.cells]
-        }
+        return dataclasses.asdict(self) | {"cells": [dataclasses.asdict(cell) for cell in self.cells]}
 
 
 def needle(
@@ -76,9 +74,7 @@ def needle(
     haystack shorter than the longest length, or what `scoring.score` raises.
     """
     if not lengths or not depths:
-        raise UserError(
-            "eval.needle_lengths or eval.needle_depths is empty; give at least one of each."
-        )
+        raise UserError("eval.needle_lengths or eval.needle_depths is empty; give at least one of each.")
     if not all(0.0 <= depth <= 1.0 for depth in depths):
         raise UserError(f"eval.needle_depths is {tuple(depths)}; depths lie between 0 and 1.")
     lines = [tokenizer.encode(line, add_bos=False) for line in haystack.splitlines(keepends=True)]
@@ -90,9 +86,7 @@ def needle(
             for i in range(repeats)
         ]
         sequences = Sequences(*(np.stack(x) for x in zip(*made, strict=True)))
-        scores = scoring.score(
-            params, cfg, sequences, cache_cfg, batch=batch, chunk=chunk, progress=progress
-        )
+        scores = scoring.score(params, cfg, sequences, cache_cfg, batch=batch, chunk=chunk, progress=progress)
         hit = (scores.correct | ~sequences.scored).all(1).reshape(len(depths), repeats)
         nll = scores.nll.sum(1, dtype=np.float64).reshape(len(depths), repeats)
         cells += [
@@ -104,9 +98,7 @@ def needle(
     return Needle(float(np.mean(accuracy)), min(accuracy), nll_mean, tuple(cells))
 
 
-def _needle_row(
-    tokenizer: Any, lines: list, length: int, depth: float, rng: np.random.Generator
-) -> Sequences:
+def _needle_row(tokenizer: Any, lines: list, length: int, depth: float, rng: np.random.Generator) -> Sequences:
     """One prompt of exactly `length` tokens, answer included, as Sequences of shape [length].
 
     [BOS] text-before, needle, text-after, question, answer. The needle stands at a line's end, so `depth` is
@@ -119,9 +111,7 @@ def _needle_row(
     bos = [tokenizer.bos_id] if tokenizer.add_bos else []
     room = length - len(bos) - len(pin) - len(question) - len(key)
     if room < 1:
-        raise UserError(
-            f"eval.needle_lengths has {length}; the key and its question alone take {length - room}."
-        )
+        raise UserError(f"eval.needle_lengths has {length}; the key and its question alone take {length - room}.")
     before, after = _hay(lines, room, depth, rng)
     ids = np.asarray([*bos, *before, *pin, *after, *question, *key], np.int32)
     scored = np.zeros(length, bool)
@@ -129,18 +119,14 @@ def _needle_row(
     return Sequences(ids, np.arange(length, dtype=np.int32), np.roll(ids, -1), scored)
 
 
-def _hay(
-    lines: list, room: int, depth: float, rng: np.random.Generator
-) -> tuple[list[int], list[int]]:
+def _hay(lines: list, room: int, depth: float, rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """`room` tokens of consecutive lines from a random start, cut in two at the line end nearest to `depth`."""
     sizes = np.asarray([len(line) for line in lines])
     left = np.cumsum(sizes[::-1])[::-1]  # tokens from each line to the end
     starts = np.flatnonzero(left >= room)
     if not len(starts):
         total = int(left[0]) if len(left) else 0
-        raise UserError(
-            f"the text has {total} tokens, fewer than eval.needle_lengths asks for; give a longer text."
-        )
+        raise UserError(f"the text has {total} tokens, fewer than eval.needle_lengths asks for; give a longer text.")
     first = int(rng.choice(starts))
     ends = np.concatenate([[0], np.cumsum(sizes[first:])])
     stop = int(np.searchsorted(ends, room))
@@ -192,9 +178,7 @@ def mqar(
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     scored = stacked["loss_mask"] > 0
     sequences = Sequences(stacked["tokens"], stacked["positions"], stacked["targets"], scored)
-    scores = scoring.score(
-        params, cfg, sequences, cache_cfg, batch=batch, chunk=chunk, progress=progress
-    )
+    scores = scoring.score(params, cfg, sequences, cache_cfg, batch=batch, chunk=chunk, progress=progress)
     each = scores.correct.sum(1) / pairs
     stderr = float(each.std(ddof=1) / math.sqrt(examples)) if examples > 1 else 0.0
     nll = float(scores.nll.sum(dtype=np.float64) / scored.sum())

@@ -81,9 +81,7 @@ PROJECTION_ROWS = (
 
 
 def _norm_rows(**names: str) -> tuple[Row, ...]:
-    return tuple(
-        _row(f"model.layers.{{}}.{theirs}.weight", f"{ours}.scale", "flat") for ours, theirs in names.items()
-    )
+    return tuple(_row(f"model.layers.{{}}.{theirs}.weight", f"{ours}.scale", "flat") for ours, theirs in names.items())
 
 
 PRE_ROWS = _norm_rows(attn_norm="input_layernorm", mlp_norm="post_attention_layernorm") + PROJECTION_ROWS
@@ -104,11 +102,7 @@ NEOX_ROWS = (
     _row(_NEOX + "input_layernorm.bias", "attn_norm.bias", "flat"),
     _row(_NEOX + "post_attention_layernorm.weight", "mlp_norm.scale", "flat"),
     _row(_NEOX + "post_attention_layernorm.bias", "mlp_norm.bias", "flat"),
-    Row(
-        (_NEOX + "attention.query_key_value.weight",),
-        (("attn", "q"), ("attn", "k"), ("attn", "v")),
-        "interleaved",
-    ),
+    Row((_NEOX + "attention.query_key_value.weight",), (("attn", "q"), ("attn", "k"), ("attn", "v")), "interleaved"),
     Row(
         (_NEOX + "attention.query_key_value.bias",),
         (("attn", "q_bias"), ("attn", "k_bias"), ("attn", "v_bias")),

@@ -130,8 +130,10 @@ def _canonical_rope(rope: RopeConfig | None, head_dim: int) -> RopeConfig | None
 
 def _read_heads(keys: Keys, fields: dict[str, Any], d_multiple: bool) -> None:
     n, d = fields["n_heads"], fields["d_model"]
-    k = n if keys.raw.get("num_key_value_heads", keys.defaults.get("num_key_value_heads")) is None else keys.integer(
-        "num_key_value_heads"
+    k = (
+        n
+        if keys.raw.get("num_key_value_heads", keys.defaults.get("num_key_value_heads")) is None
+        else keys.integer("num_key_value_heads")
     )
     if n % k:
         raise keys.refuse("num_key_value_heads", f"it must divide num_attention_heads = {n}.")
@@ -199,9 +201,7 @@ def _read_residual(keys: Keys, fields: dict[str, Any]) -> None:
     fields["residual"] = "parallel_neox" if keys.flag("use_parallel_residual") else "serial"
 
 
-RESIDUAL_NEOX = Rule(
-    _read_residual, lambda cfg, out: out.update(use_parallel_residual=cfg.residual == "parallel_neox")
-)
+RESIDUAL_NEOX = Rule(_read_residual, lambda cfg, out: out.update(use_parallel_residual=cfg.residual == "parallel_neox"))
 
 
 def _read_gemma_scales(keys: Keys, fields: dict[str, Any]) -> None:

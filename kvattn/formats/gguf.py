@@ -206,8 +206,15 @@ def _rope(file: File, keys: _Keys, architecture: _Architecture, head_dim: int) -
         raise refuse(file.path, f"sets {keys.prefix}rope.scaling.type to {str(kind)[:40]!r}, not supported", _CONVERT)
     if kind == "yarn" and factor > 1:
         grown = attention * (0.1 * math.log(factor) + 1.0)
-        rope = dataclasses.replace(rope, scaling="yarn", factor=factor, original_length=length, beta_fast=fast,
-                                   beta_slow=slow, attention_factor=grown)  # fmt: skip
+        rope = dataclasses.replace(
+            rope,
+            scaling="yarn",
+            factor=factor,
+            original_length=length,
+            beta_fast=fast,
+            beta_slow=slow,
+            attention_factor=grown,
+        )
     elif kind == "linear" and factor != 1:
         rope = dataclasses.replace(rope, scaling="linear", factor=factor)
     if rope.theta <= 0 or factor < 1 or min(fast, slow) <= 0:
@@ -227,8 +234,9 @@ def _llama3(file: File, rope: RopeConfig, length: int | None, head_dim: int) -> 
         return rope
     plain, _ = layers_lib.rope_frequencies(rope, head_dim)
     if rope.scaling == "none" and divisors.min() >= 1:
-        scaled = dataclasses.replace(rope, scaling="llama3", factor=float(divisors.max()),
-                                     original_length=length or _LLAMA3_LENGTH)  # fmt: skip
+        scaled = dataclasses.replace(
+            rope, scaling="llama3", factor=float(divisors.max()), original_length=length or _LLAMA3_LENGTH
+        )
         if np.allclose(plain / layers_lib.rope_frequencies(scaled, head_dim)[0], divisors, rtol=1e-4, atol=0):
             return scaled
     raise refuse(file.path, "has rope_freqs.weight that Llama 3's scaling (1, 4, 8192) does not give", _CONVERT)

@@ -109,8 +109,10 @@ def _plan(arch: Architecture, cfg: ModelConfig, files: dict[str, st.Entry]) -> l
         present = [name for name in names if name in entries]
         if len(present) != 1:
             count = "are both there" if present else "is missing"
-            raise UserError(f"tensor {' and '.join(present) or names[0]} {count}; config.json ({arch.model_type}, "
-                            f"{cfg.n_layers} layers) needs exactly one of it.")
+            raise UserError(
+                f"tensor {' and '.join(present) or names[0]} {count}; config.json ({arch.model_type}, "
+                f"{cfg.n_layers} layers) needs exactly one of it."
+            )
         entry, shapes = entries[present[0]], tuple(specs[path].shape for path in paths)
         want = LAYOUTS[layout].shape(shapes)
         if entry.shape != want:
@@ -123,8 +125,11 @@ def _plan(arch: Architecture, cfg: ModelConfig, files: dict[str, st.Entry]) -> l
 
 def _text_name(name: str) -> str:
     """gemma3's text tensors under their plain names: transformers 4 and 5 nest them differently."""
-    for prefix, plain in (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."),
-                          ("model.language_model.", "model.")):
+    for prefix, plain in (
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("model.language_model.", "model."),
+    ):
         if name.startswith(prefix):
             return plain + name.removeprefix(prefix)
     return name
@@ -138,13 +143,17 @@ def _check_unused(left: dict[str, st.Entry], arch: Architecture, cfg: ModelConfi
         if name in heads and cfg.tied_embeddings:
             table = next(load.entry for load in plan if load.paths[0] == ("embed", "table"))
             if entry.shape != table.shape or not np.array_equal(st.read(entry), st.read(table)):
-                raise UserError(f"{entry.file}: tie_word_embeddings is true but {name} differs from the embedding; "
-                                "set it to false in config.json.")
+                raise UserError(
+                    f"{entry.file}: tie_word_embeddings is true but {name} differs from the embedding; "
+                    "set it to false in config.json."
+                )
         elif not name.endswith(BUFFERS):
             extra.append(name)
     if extra:
-        raise UserError(f"tensor {extra[0][:200]} ({len(extra)} in all) has no place in {arch.model_type} with "
-                        "this config.json; kvattn would ignore it, so it is refused.")
+        raise UserError(
+            f"tensor {extra[0][:200]} ({len(extra)} in all) has no place in {arch.model_type} with "
+            "this config.json; kvattn would ignore it, so it is refused."
+        )
 
 
 # --- writing -------------------------------------------------------------------------------------------
@@ -228,8 +237,10 @@ def choose(cfg: ModelConfig) -> tuple[Architecture, ModelConfig]:
     if nearest is None:
         raise UserError("No Hugging Face architecture known here can hold this model's sizes; export another model.")
     _, field, ours, theirs, kind = nearest
-    raise UserError(f"model.{field} is {ours!r}, which no Hugging Face architecture known here expresses with the "
-                    f"rest of this model ({kind}, the nearest, has {theirs!r}); change it or keep a kvattn checkpoint.")
+    raise UserError(
+        f"model.{field} is {ours!r}, which no Hugging Face architecture known here expresses with the "
+        f"rest of this model ({kind}, the nearest, has {theirs!r}); change it or keep a kvattn checkpoint."
+    )
 
 
 def _refuse(cfg: ModelConfig) -> None:
@@ -239,8 +250,10 @@ def _refuse(cfg: ModelConfig) -> None:
     if cfg.variant != "heads":
         reason = f"model.variant is {cfg.variant!r}; Hugging Face architectures known here have plain heads only"
     elif shared:
-        reason = (f"model.kv_source makes layer {shared[0]} read layer {cfg.sources[shared[0]]}'s K and V; Hugging "
-                  "Face models compute K and V of every layer from its own input, so no weights give the same function")
+        reason = (
+            f"model.kv_source makes layer {shared[0]} read layer {cfg.sources[shared[0]]}'s K and V; Hugging "
+            "Face models compute K and V of every layer from its own input, so no weights give the same function"
+        )
     elif cfg.kv_norm:
         reason = "model.kv_norm is True; Hugging Face models have one norm in front of Q, K and V"
     elif any(mask.sinks for mask in cfg.masks):
@@ -248,8 +261,10 @@ def _refuse(cfg: ModelConfig) -> None:
     elif any(rope is None for rope in cfg.ropes):
         reason = "model.ropes has None (no rotation); the Hugging Face architectures known here rotate every layer"
     elif cfg.v_head_dim != cfg.head_dim:
-        reason = (f"model.v_head_dim is {cfg.v_head_dim} and head_dim {cfg.head_dim}; Hugging Face models have one "
-                  "width for K and V")
+        reason = (
+            f"model.v_head_dim is {cfg.v_head_dim} and head_dim {cfg.head_dim}; Hugging Face models have one "
+            "width for K and V"
+        )
     elif cfg.tied_kv and cfg.qk_norm != "none":
         reason = f"model.tied_kv uses normalised keys (qk_norm {cfg.qk_norm!r}) as values, which no V projection gives"
     if reason:

@@ -125,8 +125,10 @@ def _read_rope_gemma3(keys: Keys, fields: dict[str, Any]) -> None:
     sections: dict[str, Any] = dict(keys.raw.get("rope_parameters") or {}) if _is_object(keys) else {}
     for key, value in sections.items():
         if key not in thetas or not isinstance(value, (dict, type(None))):
-            raise UserError(f"config.json: rope_parameters.{key[:80]} is {str(value)[:80]!r}; gemma3 takes objects "
-                            f"named {' and '.join(thetas)}.")
+            raise UserError(
+                f"config.json: rope_parameters.{key[:80]} is {str(value)[:80]!r}; gemma3 takes objects "
+                f"named {' and '.join(thetas)}."
+            )
     scaling = keys.raw.get("rope_scaling")
     if scaling is not None and not isinstance(scaling, dict):
         raise keys.refuse("rope_scaling", "it takes an object.")

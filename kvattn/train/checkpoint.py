@@ -41,14 +41,35 @@ FORMAT = 1
 # Fields that may change between a run and its continuation: they do not change what is computed, or
 # (train.steps) they say how far to go.
 FREE = (
-    "name", "workdir", "cache", "mesh", "decode", "eval", "study", "sharding_study", "steps", "variants",
-    "checkpoint.dtype", "model.kernel", "model.decode_kernel", "model.remat", "train.steps", "train.log_every",
-    "train.checkpoint_every", "train.keep", "train.eval_every",
-)  # fmt: skip
+    "name",
+    "workdir",
+    "cache",
+    "mesh",
+    "decode",
+    "eval",
+    "study",
+    "sharding_study",
+    "steps",
+    "variants",
+    "checkpoint.dtype",
+    "model.kernel",
+    "model.decode_kernel",
+    "model.remat",
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.eval_every",
+)
 
 _DISK_MARKS = (
-    "No space left", "Disk quota", "File too large", "Read-only file system", "Permission denied", "os_error_code",
-)  # fmt: skip
+    "No space left",
+    "Disk quota",
+    "File too large",
+    "Read-only file system",
+    "Permission denied",
+    "os_error_code",
+)
 
 
 class Checkpoints:
@@ -157,8 +178,10 @@ def make_meta(cfg: Experiment, model_config: ModelConfig) -> dict[str, Any]:
 def check_same(saved: dict[str, Any], now: dict[str, Any], where: Any) -> None:
     """Raises UserError naming the first field in which a checkpoint's meta differs from this run's."""
     if saved.get("format") != FORMAT:
-        raise UserError(f"{where} has checkpoint format {saved.get('format')}, this version reads {FORMAT}; "
-                        "resume with the version that wrote it or use a new config.workdir.")
+        raise UserError(
+            f"{where} has checkpoint format {saved.get('format')}, this version reads {FORMAT}; "
+            "resume with the version that wrote it or use a new config.workdir."
+        )
     old, new = _flat(saved["experiment"]), _flat(now["experiment"])
     for name in sorted(old.keys() | new.keys()):
         if any(name == free or name.startswith(free + ".") for free in FREE):

@@ -76,7 +76,13 @@ def run(cfg: Experiment, **options: Any) -> FitResult:
     params, tokenizer = converted.params, loaded.tokenizer
     del loaded, converted
     return fit(
-        cfg, params=params, model=student, teacher=teacher, tokenizer=tokenizer, workdir=cfg.workdir, consume=True,
+        cfg,
+        params=params,
+        model=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        workdir=cfg.workdir,
+        consume=True,
         **options,
     )
 
@@ -178,9 +184,13 @@ class _Run:
         index, count = self.share
         accumulation = self.cfg.train.accumulation if split == "train" else 1
         return data.make_iterator(
-            self.cfg.data, self.tokenizer, split=split, process_index=index, process_count=count,
+            self.cfg.data,
+            self.tokenizer,
+            split=split,
+            process_index=index,
+            process_count=count,
             accumulation=accumulation,
-        )  # fmt: skip
+        )
 
     def _resume_step(self) -> int | None:
         if self.saver is None:

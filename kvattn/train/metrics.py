@@ -115,8 +115,7 @@ class writing:
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
             raise UserError(
-                f"config.workdir: cannot write {self.path} ({reason}); free space or name a directory "
-                "you may write to."
+                f"config.workdir: cannot write {self.path} ({reason}); free space or name a directory you may write to."
             ) from error
         return False
 
@@ -134,9 +133,7 @@ def read_jsonl(path: Any) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines) - 1:
                 break
-            raise UserError(
-                f"{path} line {number + 1} is no JSON; repair it or name another workdir."
-            ) from error
+            raise UserError(f"{path} line {number + 1} is no JSON; repair it or name another workdir.") from error
     return out
 
 

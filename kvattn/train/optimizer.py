@@ -46,9 +46,7 @@ def schedule(cfg: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     elif cfg.schedule == "constant":
         after = optax.constant_schedule(peak)
     else:
-        raise UserError(
-            f"config.optimizer.schedule is {cfg.schedule!r}; it takes cosine, linear or constant."
-        )
+        raise UserError(f"config.optimizer.schedule is {cfg.schedule!r}; it takes cosine, linear or constant.")
     if not cfg.warmup_steps:
         return _relaxed(after)
     first = peak / cfg.warmup_steps
@@ -80,11 +78,7 @@ def make(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     if cfg.name == "adamw":
         chain.append(optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps))
     elif cfg.name == "adafactor":
-        chain.append(
-            optax.scale_by_factored_rms(
-                decay_rate=ADAFACTOR_DECAY, min_dim_size_to_factor=ADAFACTOR_MIN_DIM
-            )
-        )
+        chain.append(optax.scale_by_factored_rms(decay_rate=ADAFACTOR_DECAY, min_dim_size_to_factor=ADAFACTOR_MIN_DIM))
         chain.append(optax.clip_by_block_rms(ADAFACTOR_CLIP))
         chain.append(optax.scale_by_param_block_rms())
     else:
@@ -124,12 +118,7 @@ def state_shardings(
         return NamedSharding(mesh, _factored_spec(leaf.shape, param.shape, sharding.spec))
 
     placed = optax.tree.map_params(
-        tx,
-        like_param,
-        abstract_state,
-        abstract_params,
-        shardings,
-        transform_non_params=lambda _: replicated,
+        tx, like_param, abstract_state, abstract_params, shardings, transform_non_params=lambda _: replicated
     )
     return abstract_state, placed
 

@@ -203,9 +203,7 @@ def make_eval_step(layout: Layout, train: TrainConfig):
         _, parts = losses.loss_and_metrics(params, layout.model, plain, rows, one, shards=layout.batch_shards)
         return parts["ce"], jnp.sum(batch["loss_mask"])
 
-    jitted = jax.jit(
-        evaluate, in_shardings=(layout.shardings.params, layout.batch), out_shardings=layout.replicated
-    )
+    jitted = jax.jit(evaluate, in_shardings=(layout.shardings.params, layout.batch), out_shardings=layout.replicated)
     return _Ruled(jitted, layout)
 
 

@@ -118,7 +118,8 @@ def h200() -> SingleDeviceSharding:
     """The sharding of one H200 that need not be there. Raises KernelError without the plugin."""
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=_TARGET, topology_name="h200", topology="1x1x1")
+            platform="cuda", target_config=_TARGET, topology_name="h200", topology="1x1x1"
+        )
     except Exception as error:  # a missing plugin is a RuntimeError, an old one a NotImplementedError or TypeError
         raise KernelError(f"compiling for an H200 needs jax-cuda13-plugin of JAX 0.11 or later: {error}") from None
     return SingleDeviceSharding(topology.devices[0])
@@ -144,8 +145,15 @@ def compile_report(fn: Any, *args: Any, donate_argnums: tuple[int, ...] = ()) ->
     if not kernels:
         raise KernelError("the compiled program has no Mosaic GPU kernel.")
     memory = compiled.memory_analysis()
-    return Report(seconds, kernels, memory.temp_size_in_bytes, memory.argument_size_in_bytes,
-                  memory.output_size_in_bytes, memory.alias_size_in_bytes, compiled.as_text())
+    return Report(
+        seconds,
+        kernels,
+        memory.temp_size_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        compiled.as_text(),
+    )
 
 
 def parse(text: str) -> tuple[Kernel, ...]:
@@ -154,8 +162,9 @@ def parse(text: str) -> tuple[Kernel, ...]:
     parts = re.split(r"Compiling entry function '([^']+)'", text)[1:]
     kernels = []
     for name, body in zip(parts[::2], parts[1::2], strict=True):
-        stack, stores, loads = (int(re.search(rf"(\d+) bytes {what}", body)[1])
-                                for what in ("stack frame", "spill stores", "spill loads"))
+        stack, stores, loads = (
+            int(re.search(rf"(\d+) bytes {what}", body)[1]) for what in ("stack frame", "spill stores", "spill loads")
+        )
         kernels.append(Kernel(name, int(re.search(r"Used (\d+) registers", body)[1]), stores + loads, stack, shared))
     return tuple(kernels)
 

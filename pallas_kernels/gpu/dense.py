@@ -47,7 +47,8 @@ def scratch(plan: Plan) -> dict[str, Any]:
     """Shared memory and barriers of one CTA."""
     p, n, q = plan.p, plan.stages, plan.q_buffers
     held = dict(
-        q_smem=_api.tiled((q, ROWS, p.key_dim), p.k_dtype), k_smem=_api.tiled((n, BLOCK, p.key_dim), p.k_dtype),
+        q_smem=_api.tiled((q, ROWS, p.key_dim), p.k_dtype),
+        k_smem=_api.tiled((n, BLOCK, p.key_dim), p.k_dtype),
         v_smem=_api.tiled((n, BLOCK, p.value_dim), p.k_dtype),
         o_smem=_api.tiled((plan.turns, ROWS, p.value_dim), jnp.float32),
     )
@@ -76,7 +77,8 @@ def _copy(plan: Plan, refs: dict[str, Any]) -> None:
         it, buffer = tiles.item_of(plan, refs, i), lax.rem(i, plan.q_buffers)
         pl.when(i >= plan.q_buffers)(lambda: plgpu.barrier_wait(refs["q_free"].at[buffer]))
         plgpu.copy_gmem_to_smem(
-            refs["q"].at[it.b, it.group, tiles.rows_here()], refs["q_smem"].at[buffer], refs["q_ready"].at[buffer])
+            refs["q"].at[it.b, it.group, tiles.rows_here()], refs["q_smem"].at[buffer], refs["q_ready"].at[buffer]
+        )
         k_head, v_head = lax.div(it.group, p.groups // p.k_heads), lax.div(it.group, p.groups // p.v_heads)
 
         def step(j, done):
@@ -86,7 +88,8 @@ def _copy(plan: Plan, refs: dict[str, Any]) -> None:
                 free = refs[f"{name}_free"].at[stage]
                 pl.when(done >= n)(lambda free=free: plgpu.barrier_wait(free))
                 plgpu.copy_gmem_to_smem(
-                    refs[name].at[row, head, tokens], refs[f"{name}_smem"].at[stage], refs[f"{name}_ready"].at[stage])
+                    refs[name].at[row, head, tokens], refs[f"{name}_smem"].at[stage], refs[f"{name}_ready"].at[stage]
+                )
             return done + 1
 
         return lax.fori_loop(it.low, it.high, step, done)

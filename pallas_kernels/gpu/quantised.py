@@ -61,12 +61,24 @@ def plan_of(p: Problem, kv: KV, interpreted: bool) -> Plan:
     keys = 128 if p.k_dtype == "int4" or whole and not wide else 64
     window = o.window if not p.ring else 0
     sink_blocks = -(-min(o.sinks, p.slots) // keys) if window else 0
-    plan = Plan(p, keys, rows, chunks, 2, 1, kv.k.scale is not None, kv.v.scale is not None, sink_blocks, kv.ring_sinks,
-                interpreted)
+    plan = Plan(
+        p,
+        keys,
+        rows,
+        chunks,
+        2,
+        1,
+        kv.k.scale is not None,
+        kv.v.scale is not None,
+        sink_blocks,
+        kv.ring_sinks,
+        interpreted,
+    )
     resident, stages = room(plan)
     read = min(p.slots, window + o.sinks + p.tokens) if window else p.slots
-    splits = o.splits or split_count(-(-read // keys), p.batch * p.groups * chunks, resident, stage_bytes(plan),
-                                     rows * p.value_dim * 4)
+    splits = o.splits or split_count(
+        -(-read // keys), p.batch * p.groups * chunks, resident, stage_bytes(plan), rows * p.value_dim * 4
+    )
     return dataclasses.replace(plan, stages=stages, splits=splits)
 
 
@@ -143,8 +155,14 @@ def operands(q: jax.Array, kv: KV, positions: jax.Array, plan: Plan) -> dict[str
     steps = blocks(kv, positions, o, plan.keys)
     start = jnp.int32(0) if kv.start is None else jnp.asarray(kv.start, jnp.int32)
     work = jnp.stack([kv.length, steps.first, steps.count, jnp.broadcast_to(start, kv.length.shape)], axis=1)
-    given = dict(work=work.astype(jnp.int32), positions=row_positions(positions, p, plan.chunks * plan.rows),
-                 factor=factor * power, q=rows, k=kv.k.values, v=kv.v.values)
+    given = dict(
+        work=work.astype(jnp.int32),
+        positions=row_positions(positions, p, plan.chunks * plan.rows),
+        factor=factor * power,
+        q=rows,
+        k=kv.k.values,
+        v=kv.v.values,
+    )
     if plan.packed:
         k, v = bytes_of(kv.k.values), bytes_of(kv.v.values)
         given |= dict(bias=bias, k=k.reshape(*k.shape[:2], k.shape[2] // 2, p.key_dim), v=v)
@@ -200,5 +218,8 @@ def join(acc: jax.Array, top: jax.Array, total: jax.Array, plan: Plan) -> Partia
     out = jax.vmap(one, in_axes=-2, out_axes=-2)(acc).swapaxes(-1, -2)
     joined = combine(jnp.zeros((*top.shape, 1), jnp.float32), top, total)
     whole = (p.batch, p.groups, plan.chunks * plan.rows)
-    return Partial(heads_of(out.reshape(*whole, p.value_dim), p),
-                   stats_of(joined.max.reshape(whole), p), stats_of(joined.sum.reshape(whole), p))
+    return Partial(
+        heads_of(out.reshape(*whole, p.value_dim), p),
+        stats_of(joined.max.reshape(whole), p),
+        stats_of(joined.sum.reshape(whole), p),
+    )

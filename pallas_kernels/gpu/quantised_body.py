@@ -106,7 +106,8 @@ def scratch(plan: Plan) -> dict:
     held["k_smem"] = tiled((n, plan.height, p.key_dim), codes)
     held["v_smem"] = tiled((n, plan.pages, p.value_dim, each), codes)  # pages apart: copies fill what is contiguous
     held["p_smem"] = tiled(
-        (plan.p_digits * plan.rows, plan.keys), plan.operand, min(plan.height, plan.keys // plan.pages))
+        (plan.p_digits * plan.rows, plan.keys), plan.operand, min(plan.height, plan.keys // plan.pages)
+    )
     if plan.k_scaled:
         held["k_scale_smem"] = plgpu.SMEM((n, plan.keys), jnp.float32)
     if plan.v_scaled:
@@ -222,7 +223,8 @@ def fetch(plan: Plan, refs: dict, which: str, b, group, block, slot) -> None:
             plgpu.copy_gmem_to_smem(refs["v"].at[row, head, :, codes], refs["v_smem"].at[slot, part], ready)
         if f"{which}_scale" in refs:
             plgpu.copy_gmem_to_smem(
-                refs[f"{which}_scale"].at[row, head, tokens], refs[f"{which}_scale_smem"].at[slot, here], ready)
+                refs[f"{which}_scale"].at[row, head, tokens], refs[f"{which}_scale_smem"].at[slot, here], ready
+            )
 
 
 def finished(plan: Plan, refs: dict, slot, set_: int, s, factor) -> jax.Array:

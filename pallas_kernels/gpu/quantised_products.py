@@ -60,8 +60,9 @@ def scores(plan, refs: dict, slot, bias) -> list[jax.Array]:
             s = product(plan, plan.height, plan.q_digits, [(left, q.T)], refs.get("k_wide"))
             found.append(s - down(bias, plan.height))
         return found
-    pairs = [(refs["k_smem"].at[slot, :, pl.ds(at, width)], q.at[:, pl.ds(at, width)].T)
-             for at, width in parts(dim, 128)]
+    pairs = [
+        (refs["k_smem"].at[slot, :, pl.ds(at, width)], q.at[:, pl.ds(at, width)].T) for at, width in parts(dim, 128)
+    ]
     return [product(plan, plan.height, plan.q_digits, pairs, refs.get("k_wide"))]
 
 
@@ -131,8 +132,8 @@ def row_vector(plan, ref, i: int) -> jax.Array:
 
     # a load with a stride, which has no other name
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct((plan.height,), jnp.float32, layout=layout))
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((plan.height,), jnp.float32, layout=layout)
+    )
     def every_other(ctx, memory):
         pairs = mgpu.memref_reshape(memory, (plan.height, plan.sets))
         pairs = mgpu.memref_slice(pairs, (slice(None), i))

@@ -172,8 +172,9 @@ def merge(acc: jax.Array, top: jax.Array, total: jax.Array, table: jax.Array, wh
             return join(carry, tops, totals, values)
 
         each = teams * AHEAD
-        mine = lax.fori_loop(0, lax.div(count + each - 1, jnp.int32(each)), step,
-                             (full(NEGATIVE), full(0.0), full(0.0)))
+        mine = lax.fori_loop(
+            0, lax.div(count + each - 1, jnp.int32(each)), step, (full(NEGATIVE), full(0.0), full(0.0))
+        )
         for k, x in enumerate(mine):
             parts[k, team] = x
         plgpu.barrier_arrive(done)
@@ -181,19 +182,28 @@ def merge(acc: jax.Array, top: jax.Array, total: jax.Array, table: jax.Array, wh
 
         @pl.when(team == 0)
         def _():
-            given = [[plgpu.load(parts.at[k, i], layout=layout, optimized=False) for i in range(1, teams)]
-                     for k in range(3)]
+            given = [
+                [plgpu.load(parts.at[k, i], layout=layout, optimized=False) for i in range(1, teams)] for k in range(3)
+            ]
             a, s, o = join(mine, *given)
             out[b, t, n] = o / jnp.where(s == 0.0, 1.0, s)
             best[b, t, n] = jnp.max(jnp.where(s == 0.0, NEGATIVE, a * math.log(2)))
             held[b, t, n] = jnp.max(s)
 
     stats = jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32)
-    return Partial(*plgpu.kernel(
-        kernel, out_type=[jax.ShapeDtypeStruct((batch, tokens, heads, width), jnp.float32), stats, stats],
-        scratch_types=dict(parts=plgpu.SMEM((3, teams, width), jnp.float32),
-                           done=plgpu.Barrier(num_arrivals=teams)),
-        grid=(heads, tokens, batch), grid_names=("head", "token", "batch"), num_threads=teams, thread_name="team",
-        kernel_name="decode_merge", interpret=_api.interpreter(interpret),
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
-    )(acc, top, total, table))
+    return Partial(
+        *plgpu.kernel(
+            kernel,
+            out_type=[jax.ShapeDtypeStruct((batch, tokens, heads, width), jnp.float32), stats, stats],
+            scratch_types=dict(
+                parts=plgpu.SMEM((3, teams, width), jnp.float32), done=plgpu.Barrier(num_arrivals=teams)
+            ),
+            grid=(heads, tokens, batch),
+            grid_names=("head", "token", "batch"),
+            num_threads=teams,
+            thread_name="team",
+            kernel_name="decode_merge",
+            interpret=_api.interpreter(interpret),
+            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
+        )(acc, top, total, table)
+    )

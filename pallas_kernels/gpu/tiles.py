@@ -29,8 +29,10 @@ BARRIER_BYTES = 1024  # and what the compiler aligns
 def limits(p: Problem) -> str | None:
     """What no kernel over 16-bit caches serves."""
     if p.k_dtype not in ("bfloat16", "float16") or p.v_dtype != p.k_dtype or p.dtype != p.k_dtype:
-        return (f"q, K and V are {p.dtype}, {p.k_dtype} and {p.v_dtype}; the tensor cores take one of bfloat16 and "
-                "float16 for all (float32 would be rounded to ten bits)")
+        return (
+            f"q, K and V are {p.dtype}, {p.k_dtype} and {p.v_dtype}; the tensor cores take one of bfloat16 and "
+            "float16 for all (float32 would be rounded to ten bits)"
+        )
     if p.k_lanes or p.v_lanes:
         return "16-bit caches must hold tokens along rows (lanes=False)"
     if p.page and p.page % ROWS:
@@ -93,7 +95,8 @@ def item_of(plan: Plan, refs: dict[str, Any], i) -> Item:
     """Item i of this CTA."""
     rows = refs["rows"]
     b, group, low, high = schedule.item(
-        refs["work"], lax.axis_index("worker"), i, lambda b: rows[b, COUNT], plan.p.groups)
+        refs["work"], lax.axis_index("worker"), i, lambda b: rows[b, COUNT], plan.p.groups
+    )
     return Item(b, group, low, high, rows[b, LENGTH], rows[b, FIRST], rows[b, START])
 
 
@@ -231,8 +234,13 @@ def operands(q: jax.Array, kv: KV, positions: jax.Array, plan: Plan) -> dict[str
         work = schedule.split(steps.count, p.groups, p.options.splits)
     else:
         work = schedule.even(steps.count, p.groups, plan.workers)
-    columns = (kv.length, steps.first, steps.count, jnp.broadcast_to(begin, kv.length.shape),
-               *schedule.before(steps.count))
+    columns = (
+        kv.length,
+        steps.first,
+        steps.count,
+        jnp.broadcast_to(begin, kv.length.shape),
+        *schedule.before(steps.count),
+    )
     rows = jnp.concatenate([jnp.stack(columns, axis=1).astype(jnp.int32), row_positions(positions, p, ROWS)], axis=1)
     given = dict(work=work, rows=rows, q=rows_of(q, p, ROWS), k=kv.k.values)
     if kv.v is not None:
@@ -253,10 +261,17 @@ def launch(plan: Plan, body, given: dict[str, jax.Array], scratch: dict[str, Any
 
     parts = plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct((*lead, plan.out_rows, plan.p.value_dim), jnp.float32),
-                  *[jax.ShapeDtypeStruct((*lead, ROWS), jnp.float32)] * 2],
-        scratch_types=scratch, grid=(plan.workers, plan.tiles), grid_names=("worker", "tile"), num_threads=threads,
-        thread_name="wg", kernel_name=name, compiler_params=plgpu.CompilerParams(approx_math=True),
+        out_type=[
+            jax.ShapeDtypeStruct((*lead, plan.out_rows, plan.p.value_dim), jnp.float32),
+            *[jax.ShapeDtypeStruct((*lead, ROWS), jnp.float32)] * 2,
+        ],
+        scratch_types=scratch,
+        grid=(plan.workers, plan.tiles),
+        grid_names=("worker", "tile"),
+        num_threads=threads,
+        thread_name="wg",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=_api.interpreter(interpret),
     )(*given.values())
     p = plan.p

@@ -55,8 +55,12 @@ def run(q: jax.Array, kv: KV, positions: jax.Array, p: Problem, interpret: Any, 
             raise KernelError(f"{leaf.heads} heads with scales do not divide into {plan.chunks} shares of 8.")
     read = blocks(kv, positions, p.options, plan.piece)
     setup = Setup(p, plan, read.sink_blocks, kv.ring_sinks)
-    arrays = {"k": kv.k.values, "v": None if kv.v is None else kv.v.values, "k_scale": kv.k.scale,
-              "v_scale": None if kv.v is None else kv.v.scale}
+    arrays = {
+        "k": kv.k.values,
+        "v": None if kv.v is None else kv.v.values,
+        "k_scale": kv.k.scale,
+        "v_scale": None if kv.v is None else kv.v.scale,
+    }
     arrays = {name: x for name, x in arrays.items() if x is not None}
     if p.dtype == "float16":
         q = q.astype(jnp.float32)
@@ -85,8 +89,14 @@ def _work(s: Setup, kv: KV, read: Blocks) -> tuple[jax.Array, ...]:
         table = jnp.clip(kv.table.astype(jnp.int32), 0, kv.k.values.shape[0] - 1).reshape(-1)
     origin = jnp.zeros(1, jnp.int32) if kv.start is None else jnp.asarray(kv.start, jnp.int32).reshape(1)
     return (
-        jnp.pad(low, pad), jnp.pad(high, pad), jnp.pad(after, pad, constant_values=s.items), later[0], read.first,
-        kv.length.astype(jnp.int32), table, origin,
+        jnp.pad(low, pad),
+        jnp.pad(high, pad),
+        jnp.pad(after, pad, constant_values=s.items),
+        later[0],
+        read.first,
+        kv.length.astype(jnp.int32),
+        table,
+        origin,
     )
 
 
@@ -112,8 +122,13 @@ def _call(s: Setup, arrays: dict[str, jax.Array], interpret: Any):
         hbm, (out, top, total), vmem = rest[:count], rest[count : count + 3], rest[count + 3 : 2 * count + 3]
         cursor, sems = rest[2 * count + 3], rest[2 * count + 4]
         streams = {
-            name: Stream(hbm[i], vmem[i], plan.k_heads if name[0] == "k" else plan.v_heads,
-                         2 if (p.k_lanes if name == "k" else p.v_lanes) and name in ("k", "v") else 1, sems.at[i])
+            name: Stream(
+                hbm[i],
+                vmem[i],
+                plan.k_heads if name[0] == "k" else plan.v_heads,
+                2 if (p.k_lanes if name == "k" else p.v_lanes) and name in ("k", "v") else 1,
+                sems.at[i],
+            )
             for i, name in enumerate(names)
         }
         body(s, work, q, at, streams, out, top, total, cursor)

@@ -131,8 +131,10 @@ def buffer_shapes(p: Problem, plan: Plan) -> tuple[tuple[int, ...], tuple[int, .
         return plan.buffers, heads, plan.block
 
     return (
-        shape(plan.k_heads, p.key_dim, p.k_lanes), shape(plan.v_heads, p.value_dim, p.v_lanes),
-        shape(plan.k_heads, 0, False), shape(plan.v_heads, 0, False),
+        shape(plan.k_heads, p.key_dim, p.k_lanes),
+        shape(plan.v_heads, p.value_dim, p.v_lanes),
+        shape(plan.k_heads, 0, False),
+        shape(plan.v_heads, 0, False),
     )
 
 

@@ -226,10 +226,14 @@ def _flops(computation: hlo.Computation, instruction: hlo.Instruction) -> int:
         at = int(digit)
         window = {k: _window(instruction.attributes, k, at) for k in ("stride", "pad", "lhs_dilate", "rhs_dilate")}
         total *= _touched(
-            left.dims[labels[1].index(digit)], right.dims[labels[2].index(digit)], out.dims[labels[3].index(digit)],
-            stride=int(window["stride"] or 1), pad=int((window["pad"] or "0_0").split("_")[0]),
-            dilate=int(window["lhs_dilate"] or 1), spread=int(window["rhs_dilate"] or 1),
-        )  # fmt: skip
+            left.dims[labels[1].index(digit)],
+            right.dims[labels[2].index(digit)],
+            out.dims[labels[3].index(digit)],
+            stride=int(window["stride"] or 1),
+            pad=int((window["pad"] or "0_0").split("_")[0]),
+            dilate=int(window["lhs_dilate"] or 1),
+            spread=int(window["rhs_dilate"] or 1),
+        )
     return total
 
 

@@ -7,8 +7,8 @@ The model of Pope et al., arXiv 2211.05102, section 2, per chip:
     interconnect  sum over collectives of D (K-1)/K / link bandwidth
 
 A pass takes at least the largest of the three, when all of it overlaps (the paper's looped collectives), and at most
-their sum. Cost is chip-seconds per token. What crosses the links is derived in `sharding.cost.traffic`, from the same rule
-table that the program is built from; what is in a model, in `sharding.cost.workload`.
+their sum. Cost is chip-seconds per token. What crosses the links is derived in `sharding.cost.traffic`, from the same
+rule table that the program is built from; what is in a model, in `sharding.cost.workload`.
 
     work = kvattn.plan.workload(size("palm-540b", n_heads=64), cache, weights="int8")
     p = predict(work, parse("ws_2d/by_batch:xyz"), (4, 4, 4), "v4", phase="decode", batch=64, tokens=1, context=2048)
@@ -32,10 +32,27 @@ from sharding.layout.layouts import Layout, parts
 from sharding.layout.rules import Rules, ShardingError
 
 __all__ = [
-    "KV_TYPES", "OVERLAPS", "PHASES", "PURPOSES", "RESIDUALS", "WEIGHT_BYTES", "Collective", "Layer", "Prediction",
-    "Volume", "Workload", "cache_bytes", "check_memory", "crossovers", "head_shards", "max_context", "mfu",
-    "optimal_x", "predict", "volume_elements",
-]  # fmt: skip
+    "KV_TYPES",
+    "OVERLAPS",
+    "PHASES",
+    "PURPOSES",
+    "RESIDUALS",
+    "WEIGHT_BYTES",
+    "Collective",
+    "Layer",
+    "Prediction",
+    "Volume",
+    "Workload",
+    "cache_bytes",
+    "check_memory",
+    "crossovers",
+    "head_shards",
+    "max_context",
+    "mfu",
+    "optimal_x",
+    "predict",
+    "volume_elements",
+]
 
 PHASES = ("prefill", "decode")
 OVERLAPS = ("full", "memory", "none")
@@ -122,9 +139,17 @@ def mfu(params: float, tokens: float, seconds: float, chips: int, peak_flops: fl
 
 
 def predict(
-    work: Workload, layout: Layout, mesh_shape, chip: str | Chip, *, phase: str, batch: int, tokens: int, context: int,
+    work: Workload,
+    layout: Layout,
+    mesh_shape,
+    chip: str | Chip,
+    *,
+    phase: str,
+    batch: int,
+    tokens: int,
+    context: int,
     links: str = "all",
-) -> Prediction:  # fmt: skip
+) -> Prediction:
     """One pass of `batch` sequences x `tokens` tokens each (decode: 1) that end at `context` tokens.
 
     `mesh_shape` is (X, Y, Z) or {x, y, z}. A pass of more than one token that starts a sequence (tokens = context)
@@ -237,8 +262,15 @@ def _check(chip: Chip, n: int, *, phase: str, batch: int, tokens: int, context: 
 
 
 def _table(work: Workload, layout: Layout, mesh: Mapping[str, int], batch: int, context: int) -> Rules:
-    dims = {"embed": work.d_model, "mlp": work.d_ff, "vocab": work.vocab, "q_heads": work.n_heads,
-            "k_heads": work.k_heads, "v_heads": work.v_heads, "batch": batch}  # fmt: skip
+    dims = {
+        "embed": work.d_model,
+        "mlp": work.d_ff,
+        "vocab": work.vocab,
+        "q_heads": work.n_heads,
+        "k_heads": work.k_heads,
+        "v_heads": work.v_heads,
+        "batch": batch,
+    }
     held = {layer.held(context) for layer in work.layers if layer.owner} if layout.kv_seq else {0}
     tables = [layouts.rules(layout, mesh, {**dims, "slots": slots}) for slots in sorted(held)]
     return tables[0]
@@ -312,8 +344,14 @@ def _hbm(work: Workload, layout: Layout, table: Rules, mesh, batch: int, tokens:
 
 
 def _gathers(layer: Layer, table: Rules, mesh) -> list[Collective]:
-    dims = (("mlp", layer.mlp_in), ("mlp", layer.mlp_out), ("q_heads", layer.q), ("q_heads", layer.o),
-            ("k_heads", layer.k), ("v_heads", layer.v))  # fmt: skip
+    dims = (
+        ("mlp", layer.mlp_in),
+        ("mlp", layer.mlp_out),
+        ("q_heads", layer.q),
+        ("q_heads", layer.o),
+        ("k_heads", layer.k),
+        ("v_heads", layer.v),
+    )
     found = [c for dim, size in dims if size for c in traffic.gather_weights(table, mesh, dim, size)]
     return [dataclasses.replace(c, count=c.count * layer.count) for c in found]
 

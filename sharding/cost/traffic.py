@@ -1,10 +1,10 @@
 """The collectives of a pass, layout by layout: what each chip gathers, scatters and exchanges, in elements.
 
-They follow from the rule table of `sharding.layout.layouts` by one rule: an axis that a dim loses is an all-gather, one that a
-partial sum gains a reduce-scatter, one that goes from one dim to another an all-to-all, one that a whole dim gains is
-free; in the order of `sharding.layout.manual`, so that a pass moves here what the written-out program moves (a test compares
-the two, collective by collective). For the MLP this gives the closed forms of Pope et al., arXiv 2211.05102, sections
-3.1 to 3.3:
+They follow from the rule table of `sharding.layout.layouts` by one rule: an axis that a dim loses is an all-gather,
+one that a partial sum gains a reduce-scatter, one that goes from one dim to another an all-to-all, one that a whole
+dim gains is free; in the order of `sharding.layout.manual`, so that a pass moves here what the written-out program
+moves (a test compares the two, collective by collective). For the MLP this gives the closed forms of Pope et al.,
+arXiv 2211.05102, sections 3.1 to 3.3:
 
     >>> volume_elements("ws_2d", 1, 16384, 65536, (4, 4, 4)).total      # 2 (E/X + F/(YZ)) per token
     16384.0
@@ -312,8 +312,14 @@ def of_pass(work: Workload, layout: Layout, table: Rules, mesh, *, batch: int, t
         one += pair[:1] if layer.kv_norm else []  # the owner's K, V read the stream through a norm of their own
         if layer.owner:
             one += kv(layer, table, mesh, rows, fresh)
-        for dim, elements in (("mlp", layer.mlp_in), ("mlp", layer.mlp_out), ("q_heads", layer.q),
-                              ("q_heads", layer.o), ("k_heads", layer.k), ("v_heads", layer.v)):  # fmt: skip
+        for dim, elements in (
+            ("mlp", layer.mlp_in),
+            ("mlp", layer.mlp_out),
+            ("q_heads", layer.q),
+            ("q_heads", layer.o),
+            ("k_heads", layer.k),
+            ("v_heads", layer.v),
+        ):
             one += gather_weights(table, mesh, dim, elements) if elements else []
         found += [dataclasses.replace(c, count=c.count * layer.count) for c in one]
     merged: dict[Collective, int] = {}

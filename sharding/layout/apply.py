@@ -61,15 +61,19 @@ def partition_spec(axes: Names, rules: Rules, shape: tuple[int, ...], mesh: Mesh
         target = () if name is None else mesh_axes(rules, name)
         for mesh_axis in target:
             if mesh_axis not in mesh.shape:
-                raise ShardingError(f"logical axis {name!r} maps to {mesh_axis!r}, which the mesh lacks; "
-                                    f"its axes are {', '.join(mesh.axis_names)}.")
+                raise ShardingError(
+                    f"logical axis {name!r} maps to {mesh_axis!r}, which the mesh lacks; "
+                    f"its axes are {', '.join(mesh.axis_names)}."
+                )
             if mesh_axis in used:
                 raise ShardingError(f"axes {axes} put two dims on mesh axis {mesh_axis!r}; change one row.")
             used.add(mesh_axis)
         parts = layouts.parts(target, mesh.shape)
         if size % parts:
-            raise ShardingError(f"{name} is {size}, not divisible by {parts}, the size of mesh axes {target}; "
-                                "change the mesh, or take a rule table that replicates it.")
+            raise ShardingError(
+                f"{name} is {size}, not divisible by {parts}, the size of mesh axes {target}; "
+                "change the mesh, or take a rule table that replicates it."
+            )
         out.append(None if not target else target[0] if len(target) == 1 else target)
     return PartitionSpec(*out)
 
@@ -175,8 +179,9 @@ def merge_softmax(out: jax.Array, top: jax.Array, total: jax.Array, name: str, h
     weight = total * jnp.exp(top - best)
     everything = lax.psum(weight, over)
     share = weight / jnp.where(everything == 0, 1.0, everything)
-    return manual.reduce(out * share[..., None], over, active.split(have), active.split(want), active.mesh,
-                         active.orders(have, want))
+    return manual.reduce(
+        out * share[..., None], over, active.split(have), active.split(want), active.mesh, active.orders(have, want)
+    )
 
 
 def own_group(kv: jax.Array, q_heads: int, name: str) -> jax.Array:
@@ -189,8 +194,10 @@ def own_group(kv: jax.Array, q_heads: int, name: str) -> jax.Array:
     total = q_heads * layouts.parts(over, active.mesh)
     group = total // heads  # query heads that read one K head
     if q_heads % group and group % q_heads:
-        raise ShardingError(f"{q_heads} query heads a chip straddle groups of {group} that read one K/V head; split "
-                            "the heads over fewer or more chips.")
+        raise ShardingError(
+            f"{q_heads} query heads a chip straddle groups of {group} that read one K/V head; split "
+            "the heads over fewer or more chips."
+        )
     first = lax.axis_index(over) * q_heads // group
     return lax.dynamic_slice_in_dim(kv, first, max(1, q_heads // group), axis=1)
 
@@ -249,9 +256,15 @@ def matmul(
     want_split = None if want is None else active.split(want)
     values, scale = getattr(w, "values", w), getattr(w, "scale", None)
     y = collective_matmul.matmul(
-        x, values, lambda a, b: multiply(a, b, inner, False, out_dtype), w_split=w_split, have=have_split,
-        want=want_split, mesh=active.mesh, overlap=active.overlap,
-    )  # fmt: skip
+        x,
+        values,
+        lambda a, b: multiply(a, b, inner, False, out_dtype),
+        w_split=w_split,
+        have=have_split,
+        want=want_split,
+        mesh=active.mesh,
+        overlap=active.overlap,
+    )
     if scale is None:
         return y
     # Scaling and summing commute: the scale meets the result where it is smallest.
@@ -301,9 +314,11 @@ def take_rows(table: Any, tokens: jax.Array, want: Names) -> jax.Array:
     inside = dataclasses.replace(active, mesh=dict(active.mesh.shape), overlap="none")
     return jax.shard_map(
         lambda table, tokens: _take_local_rows(inside, table, tokens, want),
-        mesh=active.mesh, in_specs=(places, PartitionSpec()), out_specs=PartitionSpec(*active.split(want)),
+        mesh=active.mesh,
+        in_specs=(places, PartitionSpec()),
+        out_specs=PartitionSpec(*active.split(want)),
         check_vma=False,
-    )(table, tokens)  # fmt: skip
+    )(table, tokens)
 
 
 def _take_local_rows(active: _Context, table: Any, tokens: jax.Array, want: Names) -> jax.Array:

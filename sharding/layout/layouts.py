@@ -27,8 +27,12 @@ BATCH_ORDER = ("x", "y", "z")
 FFN_LAYOUTS = ("ws_1d", "ws_2d", "wg_x", "wg_xy", "wg_xyz")
 KV_PARTS = ("by_head", "by_batch", "by_seq")
 GATHERED: dict[str, tuple[str, ...]] = {
-    "ws_1d": (), "ws_2d": (), "wg_x": ("x",), "wg_xy": ("x", "y"), "wg_xyz": ("x", "y", "z"),
-}  # fmt: skip
+    "ws_1d": (),
+    "ws_2d": (),
+    "wg_x": ("x",),
+    "wg_xy": ("x", "y"),
+    "wg_xyz": ("x", "y", "z"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +83,10 @@ def parse(text: str) -> Layout:
     for item in kv.split("+") if slash and kv != "replicated" else ():
         part, _, axes = item.partition(":")
         if part not in parts or parts[part]:
-            raise ShardingError(f"layout is {text!r}; write it as ffn/kv, kv being replicated or parts such as "
-                                "by_head:z, by_batch:xyz, by_seq:x joined by +.")
+            raise ShardingError(
+                f"layout is {text!r}; write it as ffn/kv, kv being replicated or parts such as "
+                "by_head:z, by_batch:xyz, by_seq:x joined by +."
+            )
         parts[part] = tuple(axes or "xyz")
     return Layout(ffn, parts["by_head"], parts["by_batch"], parts["by_seq"])
 
@@ -129,21 +135,42 @@ def rules(layout: Layout, mesh: Mapping[str, int], dims: Mapping[str, int]) -> R
         spare = tuple(a for a in reduced if a not in batch and rest % mesh[a] == 0)
         kv |= {f"{one}_heads": held[one], f"{one}_batch": batch, f"act_{one}_heads": ordered(own + spare)}
     return {
-        "layers": (), "norm": (), "head_dim": (), "value_dim": (), "act_length": (), "act_head_dim": (),
-        "cache_dim": (), "embed": embed, "mlp": stored, "q_heads": stored, "vocab": stored, **kv,
-        "res_batch": rows, "res_embed": residual, "act_batch": gone, "act_embed": reduced,
-        "act_mlp": wide, "act_q_heads": wide,
-        "logit_batch": (), "logit_embed": embed, "act_vocab": ordered(stored + embed),
-        "fresh_batch": gone, "fresh_heads": wide, "fresh_k_heads": (), "fresh_v_heads": (),
+        "layers": (),
+        "norm": (),
+        "head_dim": (),
+        "value_dim": (),
+        "act_length": (),
+        "act_head_dim": (),
+        "cache_dim": (),
+        "embed": embed,
+        "mlp": stored,
+        "q_heads": stored,
+        "vocab": stored,
+        **kv,
+        "res_batch": rows,
+        "res_embed": residual,
+        "act_batch": gone,
+        "act_embed": reduced,
+        "act_mlp": wide,
+        "act_q_heads": wide,
+        "logit_batch": (),
+        "logit_embed": embed,
+        "act_vocab": ordered(stored + embed),
+        "fresh_batch": gone,
+        "fresh_heads": wide,
+        "fresh_k_heads": (),
+        "fresh_v_heads": (),
         **_attention(layout, mesh, dims, wide),
-    }  # fmt: skip
+    }
 
 
 def _attention(layout: Layout, mesh: Mapping[str, int], dims: Mapping[str, int], wide: tuple[str, ...]) -> dict:
     heads = layout.kv_heads
     if heads != ORDER[: len(heads)]:
-        raise ShardingError(f"layout {layout.name} splits K/V heads over {'+'.join(heads)}; heads are split over z "
-                            "first, then y, then x: use by_head:z, by_head:yz or by_head:xyz.")
+        raise ShardingError(
+            f"layout {layout.name} splits K/V heads over {'+'.join(heads)}; heads are split over z "
+            "first, then y, then x: use by_head:z, by_head:yz or by_head:xyz."
+        )
     for name in ("k_heads", "v_heads"):
         _divides(dims[name], heads, mesh, f"model.n_{name}", layout)
     _divides(dims["batch"], layout.kv_batch, mesh, "batch", layout)
@@ -174,5 +201,7 @@ def _prefix(axes: tuple[str, ...], size: int, mesh: Mapping[str, int]) -> tuple[
 def _divides(size: int, axes: tuple[str, ...], mesh: Mapping[str, int], what: str, layout: Layout) -> None:
     count = parts(axes, mesh)
     if size % count:
-        raise ShardingError(f"{what} is {size}, not divisible by the {count} chips of {'+'.join(axes)} that "
-                            f"{layout.name} splits it over; pad it or take another layout or mesh.")
+        raise ShardingError(
+            f"{what} is {size}, not divisible by the {count} chips of {'+'.join(axes)} that "
+            f"{layout.name} splits it over; pad it or take another layout or mesh."
+        )

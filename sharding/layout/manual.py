@@ -27,8 +27,10 @@ def _full(have: Axes, want: Axes) -> Axes:
     """The order in which a dim would be split by all axes of both; one must contain the other."""
     long, short = (want, have) if set(have) <= set(want) else (have, want)
     if [a for a in long if a in short] != list(short):
-        raise ShardingError(f"a dim split over {'+'.join(have) or 'nothing'} cannot become {'+'.join(want) or 'whole'} "
-                            "without moving rows between the blocks; take another layout.")
+        raise ShardingError(
+            f"a dim split over {'+'.join(have) or 'nothing'} cannot become {'+'.join(want) or 'whole'} "
+            "without moving rows between the blocks; take another layout."
+        )
     return long
 
 
@@ -195,7 +197,11 @@ def _toward(have: Axes, want: Axes) -> Axes:
 
 
 def reduce(
-    x: jax.Array, partial: Axes, have: Split, want: Split, mesh: Mapping[str, int],
+    x: jax.Array,
+    partial: Axes,
+    have: Split,
+    want: Split,
+    mesh: Mapping[str, int],
     orders: Mapping[int, Axes] = _IN_BLOCKS,
 ) -> jax.Array:
     """Ends a partial sum over `partial`: reduce-scatter into the dims that `want` splits over those axes,

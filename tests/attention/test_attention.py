@@ -76,8 +76,14 @@ def test_masks_combine_as_values():
     assert a == b and hash(a) == hash(b) and a != masks.Causal() & masks.Window(4)
     at = masks.Tokens(jnp.asarray([[0, 1, 2, 3, 4, 5]], jnp.int32))
     seen = (masks.Causal() & (masks.Window(2) | masks.Sinks(1)))(at, at)
-    want = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
-            [1, 0, 1, 1, 0, 0], [1, 0, 0, 1, 1, 0], [1, 0, 0, 0, 1, 1]]
+    want = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 1, 1, 0, 0],
+        [1, 0, 0, 1, 1, 0],
+        [1, 0, 0, 0, 1, 1],
+    ]
     assert seen[0].astype(int).tolist() == want
 
 
@@ -87,10 +93,15 @@ def test_padding_is_never_visible():
     assert masks.from_config(MaskConfig())(q, k)[0].tolist() == [[False, False], [False, True]]
 
 
-@pytest.mark.parametrize("change,reason", [
-    (dict(n_v_heads=6), "equal heads"), (dict(v_head_dim=10, head_dim=10, attn_soft_cap=3.0), "soft cap"),
-    (dict(v_head_dim=10, masks=(MaskConfig(4, 1),)), "sinks"), (dict(v_head_dim=10), "divisible by 8"),
-])
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (dict(n_v_heads=6), "equal heads"),
+        (dict(v_head_dim=10, head_dim=10, attn_soft_cap=3.0), "soft cap"),
+        (dict(v_head_dim=10, masks=(MaskConfig(4, 1),)), "sinks"),
+        (dict(v_head_dim=10), "divisible by 8"),
+    ],
+)
 def test_cudnn_says_what_it_cannot_serve(change, reason):
     with pytest.raises(UserError, match=reason):
         config.validate(tiny.config(kernel="cudnn", **change))

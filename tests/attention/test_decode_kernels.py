@@ -41,8 +41,15 @@ GPU_STORES = {
     "int8": dataclasses.replace(FULL, dtype="int8", layout="v_lanes"),
     "paged": CacheConfig(kinds=("paged",), page_size=64, dtype="bfloat16"),
 }
-CELLS = [("mosaic_tpu", m, s) for m, s in [*(("gqa", s) for s in TPU_STORES), ("window_sinks", "f32"),
-                                           ("window_sinks", "ring"), ("cla2_cap", "f32")]]
+CELLS = [
+    ("mosaic_tpu", m, s)
+    for m, s in [
+        *(("gqa", s) for s in TPU_STORES),
+        ("window_sinks", "f32"),
+        ("window_sinks", "ring"),
+        ("cla2_cap", "f32"),
+    ]
+]
 CELLS += [("mosaic_gpu", "gqa", s) for s in GPU_STORES] + [("mosaic_gpu", "window_sinks", "bf16")]
 
 
@@ -105,14 +112,21 @@ def test_the_kernel_is_what_runs():
     assert calls(cfg, 1) == calls(fast, step.STEP_TOKENS + 1) == calls(fast, 7, fresh=True) == 0
 
 
-@pytest.mark.parametrize("change,store,words", [
-    (dict(decode_kernel="mosaic"), {}, "model.decode_kernel is 'mosaic'; choose one of xla, mosaic_tpu, mosaic_gpu"),
-    (dict(decode_kernel="mosaic_tpu", tied_kv=True), {"multiple": 128}, "made from what is stored"),
-    (dict(decode_kernel="mosaic_tpu"), {"capacity": 100}, r"cannot read this cache \(.*slots.*xla can"),
-    (dict(decode_kernel="mosaic_tpu", head_dim=64), {"multiple": 128}, "rows of 64 do not .*cache.layout lanes"),
-    (dict(decode_kernel="mosaic_tpu"), {"kinds": ("paged",), "page_size": 16}, r"cannot read this cache \(.*page"),
-    (dict(decode_kernel="mosaic_gpu"), {"multiple": 128}, r"cannot read this cache \(.*; mosaic_tpu and xla can"),
-])
+@pytest.mark.parametrize(
+    "change,store,words",
+    [
+        (
+            dict(decode_kernel="mosaic"),
+            {},
+            "model.decode_kernel is 'mosaic'; choose one of xla, mosaic_tpu, mosaic_gpu",
+        ),
+        (dict(decode_kernel="mosaic_tpu", tied_kv=True), {"multiple": 128}, "made from what is stored"),
+        (dict(decode_kernel="mosaic_tpu"), {"capacity": 100}, r"cannot read this cache \(.*slots.*xla can"),
+        (dict(decode_kernel="mosaic_tpu", head_dim=64), {"multiple": 128}, "rows of 64 do not .*cache.layout lanes"),
+        (dict(decode_kernel="mosaic_tpu"), {"kinds": ("paged",), "page_size": 16}, r"cannot read this cache \(.*page"),
+        (dict(decode_kernel="mosaic_gpu"), {"multiple": 128}, r"cannot read this cache \(.*; mosaic_tpu and xla can"),
+    ],
+)
 def test_what_a_kernel_cannot_read_is_said_of_the_config(change, store, words):
     with pytest.raises(UserError, match=words):
         config.validate(config.Experiment(model=tiny.config(**{**WIDE, **change}), cache=CacheConfig(**store)))

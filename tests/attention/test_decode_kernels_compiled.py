@@ -11,15 +11,24 @@ import pytest
 from kvattn import cache, config, model
 from kvattn.attention import target
 from kvattn.config import CacheConfig, ModelConfig
-from kvattn.decode import generate as decode
+from kvattn.decode import generation as decode
 from pallas_kernels import gpu
 from sharding.compiler.aot import Compiler
 from sharding.compiler.hlo_costs import analyse
 from tests.helpers.aot_targets import loop_state
 
 BATCH, CAPACITY = 8, 4096
-MODEL = dict(vocab_size=1024, d_model=512, n_layers=2, n_heads=16, n_k_heads=2, n_v_heads=2, head_dim=128,
-             v_head_dim=128, d_ff=1024)  # fmt: skip
+MODEL = dict(
+    vocab_size=1024,
+    d_model=512,
+    n_layers=2,
+    n_heads=16,
+    n_k_heads=2,
+    n_v_heads=2,
+    head_dim=128,
+    v_head_dim=128,
+    d_ff=1024,
+)
 BF16 = dict(dtype="bfloat16", multiple=128)
 TPU = {
     "bf16": BF16,
@@ -53,9 +62,10 @@ def compiler():
         yield child
 
 
-@pytest.mark.parametrize("name,where", [
-    *((name, GENERATIONS[n % 3]) for n, name in enumerate(TPU)), ("bf16", "v6e:1x1"), ("int8_lanes", "v5e:1x1"),
-])
+@pytest.mark.parametrize(
+    "name,where",
+    [*((name, GENERATIONS[n % 3]) for n, name in enumerate(TPU)), ("bf16", "v6e:1x1"), ("int8_lanes", "v5e:1x1")],
+)
 def test_a_tpu_loop_copies_no_cache(compiler, tmp_path, name, where):
     _, _, nbytes, leaf = held("mosaic_tpu", TPU[name])
     job = dict(model={**MODEL, "decode_kernel": "mosaic_tpu"}, cache=TPU[name], batch=BATCH, capacity=CAPACITY)

@@ -115,22 +115,26 @@ def test_splash_on_a_sharded_mesh_equals_one_device(devices):
     want = jax.jit(lambda p: model.forward(p, cfg, inputs)[0].logits)(params)
     mesh = make_mesh(config.MeshConfig(2, 2, 2), devices)
     with target.of("tpu", interpret=True), jax.set_mesh(mesh), use_rules(mesh, RULES["fsdp_tp"]):
-        fast = tiny.config(n_layers=2, n_heads=4, n_k_heads=2, n_v_heads=2, d_model=32, d_ff=36, vocab_size=60,
-                           kernel="splash")  # fmt: skip
+        fast = tiny.config(
+            n_layers=2, n_heads=4, n_k_heads=2, n_v_heads=2, d_model=32, d_ff=36, vocab_size=60, kernel="splash"
+        )
         got = jax.jit(lambda p: model.forward(p, fast, inputs)[0].logits)(params)
     close(got, want, F32_SHARDED, "logits")
 
 
-@pytest.mark.parametrize("where,mesh", [
-    ("v5e:1x1", (1, 1, 1)), ("v6e:1x1", (1, 1, 1)), ("v5p:1x1x1", (1, 1, 1)), ("tpu7x:1x1x1", (2, 1, 1)),
-])
+@pytest.mark.parametrize(
+    "where,mesh", [("v5e:1x1", (1, 1, 1)), ("v6e:1x1", (1, 1, 1)), ("v5p:1x1x1", (1, 1, 1)), ("tpu7x:1x1x1", (2, 1, 1))]
+)
 def test_splash_and_its_gradient_compile_for_every_tpu(compiler, where, mesh):
     """Training shapes, at the block sizes that flash.py takes; scores are never held."""
     length, shapes = 4096, {"v5e:1x1": (4, 4, 64, 1024), "v6e:1x1": (4, 1, 256, 0)}
     heads, k_heads, dim, window = shapes.get(where, (8, 2, 128, 0))
-    fields = dict(n_heads=heads, n_k_heads=k_heads, n_v_heads=k_heads, head_dim=dim, v_head_dim=dim,
-                  masks=[dict(window=window)])  # fmt: skip
-    report = compiler.compile("tests.helpers.aot_targets:splash_gradient", dict(model=fields, length=length), where, mesh)
+    fields = dict(
+        n_heads=heads, n_k_heads=k_heads, n_v_heads=k_heads, head_dim=dim, v_head_dim=dim, masks=[dict(window=window)]
+    )
+    report = compiler.compile(
+        "tests.helpers.aot_targets:splash_gradient", dict(model=fields, length=length), where, mesh
+    )
     assert hasattr(report, "memory"), report.reason
     assert report.memory.temporaries < 2 * heads * length * length  # bytes: half of the scores in float32
     assert report.cycles["kernel"] > 0
@@ -172,12 +176,15 @@ def test_tokamax_equals_the_reference_or_says_it_is_missing():
 # --- what cannot be served ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel,change,reason", [
-    ("splash", dict(n_k_heads=2, n_v_heads=6), "K and V of equal heads"),
-    ("splash", dict(masks=(MaskConfig(window=5, sinks=1),)), "attention-sink tokens"),
-    ("tokamax", dict(n_k_heads=2, n_v_heads=6), "K and V of equal heads"),
-    ("cudnn", dict(attn_soft_cap=1.0, v_head_dim=10), "soft cap"),
-])
+@pytest.mark.parametrize(
+    "kernel,change,reason",
+    [
+        ("splash", dict(n_k_heads=2, n_v_heads=6), "K and V of equal heads"),
+        ("splash", dict(masks=(MaskConfig(window=5, sinks=1),)), "attention-sink tokens"),
+        ("tokamax", dict(n_k_heads=2, n_v_heads=6), "K and V of equal heads"),
+        ("cudnn", dict(attn_soft_cap=1.0, v_head_dim=10), "soft cap"),
+    ],
+)
 def test_supports_gives_the_reason(kernel, change, reason):
     from kvattn import config
 

@@ -26,8 +26,11 @@ def _entries(rng, rows, count):
 
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(
-    seed=st.integers(0, 10**6), ring=st.sampled_from([0, 3, 4]), sinks=st.sampled_from([0, 1, 2]),
-    chunks=st.lists(st.sampled_from([1, 2, 5]), min_size=1, max_size=4), rows=st.sampled_from([2, ROW_WRITES + 1]),
+    seed=st.integers(0, 10**6),
+    ring=st.sampled_from([0, 3, 4]),
+    sinks=st.sampled_from([0, 1, 2]),
+    chunks=st.lists(st.sampled_from([1, 2, 5]), min_size=1, max_size=4),
+    rows=st.sampled_from([2, ROW_WRITES + 1]),
 )
 def test_a_cache_holds_what_a_list_would(seed, ring, sinks, chunks, rows):
     """Ragged rows with padding anywhere; afterwards the valid slots are the full history, or sinks + last ring."""
@@ -85,10 +88,15 @@ def test_layout_covers_the_widest_reader():
     assert [cache.layout(mixed, CacheConfig(("by_mask",)), i, 50)[0] for i in range(4)] == [5, 50, 5, 50]
 
 
-@pytest.mark.parametrize("kinds,dtype,capacity,field", [
-    (("pages",), "float32", 9, "cache.kinds"), (("full",), "int7", 9, "cache.dtype"),
-    (("full",), "float32", 0, "cache.capacity"), (("ring",), "float32", 9, "cache.kinds"),
-])
+@pytest.mark.parametrize(
+    "kinds,dtype,capacity,field",
+    [
+        (("pages",), "float32", 9, "cache.kinds"),
+        (("full",), "int7", 9, "cache.dtype"),
+        (("full",), "float32", 0, "cache.capacity"),
+        (("ring",), "float32", 9, "cache.kinds"),
+    ],
+)
 def test_bad_stores_raise(kinds, dtype, capacity, field):
     with pytest.raises(UserError, match=field):
         cache.create(tiny.CASES["gqa"], CacheConfig(kinds, dtype), 1, capacity)

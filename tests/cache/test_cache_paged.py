@@ -13,19 +13,21 @@ import pytest
 from kvattn import cache, model
 from kvattn.cache import paged, quantized
 from kvattn.config import CacheConfig, DecodeConfig, MaskConfig
-from kvattn.decode import generate as decode
+from kvattn.decode import generation as decode
 from kvattn.errors import UserError
 from tests.helpers import tiny
 from tests.helpers.models import lively, tokens_of
 
 P = 16
-CFG = tiny.config(n_layers=3, n_k_heads=2, n_v_heads=6, kv_source=(0, 0, 2), masks=(MaskConfig(window=20, sinks=3),
-                                                                                    MaskConfig()))  # fmt: skip
+CFG = tiny.config(
+    n_layers=3, n_k_heads=2, n_v_heads=6, kv_source=(0, 0, 2), masks=(MaskConfig(window=20, sinks=3), MaskConfig())
+)
 STORES = {
-    "float32": CacheConfig(("paged",), page_size=P), "int8": CacheConfig(("paged",), "int8", page_size=P),
+    "float32": CacheConfig(("paged",), page_size=P),
+    "int8": CacheConfig(("paged",), "int8", page_size=P),
     "int4-lanes": CacheConfig(("paged",), "int4", layout="lanes", page_size=P),
     "bfloat16-v_lanes": CacheConfig(("paged",), "bfloat16", layout="v_lanes", page_size=P),
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -94,6 +96,7 @@ def test_what_lies_in_unused_pages_and_slots_never_matters(name, rng):
         def litter(x):
             noise = rng.uniform(-100, 100, x.shape).astype(np.float32)
             return jnp.asarray(noise).astype(x.dtype)
+
         return tuple(c and c.replace(entries=jax.tree.map(litter, c.entries)) for c in caches)
 
     want, _ = run(caches, tokens, 20, 30)
@@ -138,7 +141,8 @@ def test_a_fork_shares_pages_and_neither_branch_sees_the_other(name, length, rng
     assert len(copies) == (length % P > 0)
     full = length // P
     assert allocator.rows[0][:full] == allocator.rows[1][:full] and not set(allocator.rows[0][full:]) & set(
-        allocator.rows[1][full:])
+        allocator.rows[1][full:]
+    )
     caches = paged.apply(caches, allocator.table(2, 4), [length, length], copies)
     for t in range(length, 50):
         want, alone = _forward(tokens[:, t : t + 1], at([t, t], 1), alone)
@@ -195,12 +199,18 @@ def invariants(allocator, known):
         assert len(rows[row]) * allocator.page_size >= tokens and len(set(rows[row])) == len(rows[row])
     width = max((len(pages) for pages in rows.values()), default=1)
     table = allocator.table(6, width)
-    assert all(table[row, : len(pages)].tolist() == list(pages) and not table[row, len(pages) :].any()
-               for row, pages in rows.items())
+    assert all(
+        table[row, : len(pages)].tolist() == list(pages) and not table[row, len(pages) :].any()
+        for row, pages in rows.items()
+    )
 
 
-_STEPS = st.lists(st.tuples(st.sampled_from(["allocate", "fork", "release"]), st.integers(0, 5), st.integers(0, 5),
-                            st.integers(0, 90)), max_size=25)  # fmt: skip
+_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["allocate", "fork", "release"]), st.integers(0, 5), st.integers(0, 5), st.integers(0, 90)
+    ),
+    max_size=25,
+)
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
@@ -269,8 +279,14 @@ def test_out_of_pages_is_said_before_anything_is_written():
     with pytest.raises(paged.OutOfPages, match="2 pages of 16 tokens are needed and 1 of cache.pages = 4 are free"):
         allocator.allocate({1: 1, 2: 16})
     assert allocator.rows == {0: (1, 2, 3)}
-    for wrong in (lambda: allocator.fork(9, 1, 1), lambda: allocator.fork(0, 0, 1), lambda: allocator.fork(0, 1, 49),
-                  lambda: allocator.release(1), lambda: allocator.reuse(0, [1]), lambda: allocator.table(1, 2)):
+    for wrong in (
+        lambda: allocator.fork(9, 1, 1),
+        lambda: allocator.fork(0, 0, 1),
+        lambda: allocator.fork(0, 1, 49),
+        lambda: allocator.release(1),
+        lambda: allocator.reuse(0, [1]),
+        lambda: allocator.table(1, 2),
+    ):
         with pytest.raises(UserError):
             wrong()
     assert allocator.rows == {0: (1, 2, 3)}
@@ -297,8 +313,14 @@ def test_generate_pages_what_each_prompt_needs(monkeypatch):
         assert got.tokens == want.tokens
     assert got.cache_bytes == (need + 1) * P * 2 * (2 * 10 + 6 * 14) * 4  # page 0 included, two owners
     streamed = []
-    decode.generate(_params(), CFG, prompts, DecodeConfig(max_new_tokens=9, prefill_chunk=8),
-                    CacheConfig(("paged",), page_size=P, pages=need), on_token=lambda *token: streamed.append(token))
+    decode.generate(
+        _params(),
+        CFG,
+        prompts,
+        DecodeConfig(max_new_tokens=9, prefill_chunk=8),
+        CacheConfig(("paged",), page_size=P, pages=need),
+        on_token=lambda *token: streamed.append(token),
+    )
     assert [[t for r, t in streamed if r == row] for row in range(3)] == want.tokens
     monkeypatch.setattr(decode, "_compiled", lambda *_: pytest.fail("compiled"))
     with pytest.raises(paged.OutOfPages, match="cache.pages"):

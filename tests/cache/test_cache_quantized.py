@@ -26,8 +26,10 @@ WINDOWED = tiny.config(n_k_heads=2, n_v_heads=6, masks=(MaskConfig(window=7, sin
 def entries_of(rng, batch, count, cfg=WINDOWED):
     """{k: [B,2,T,10], v: [B,6,T,14]} of very different sizes from token to token."""
     sizes = 10.0 ** rng.uniform(-2, 2, (batch, 1, count, 1))
-    return {name: jnp.asarray((sizes * rng.standard_normal((batch, heads, count, dim))).astype(np.float32))
-            for name, heads, dim in (("k", cfg.n_k_heads, cfg.head_dim), ("v", cfg.n_v_heads, cfg.v_head_dim))}
+    return {
+        name: jnp.asarray((sizes * rng.standard_normal((batch, heads, count, dim))).astype(np.float32))
+        for name, heads, dim in (("k", cfg.n_k_heads, cfg.head_dim), ("v", cfg.n_v_heads, cfg.v_head_dim))
+    }
 
 
 def empty(store, batch=2, capacity=24):
@@ -94,7 +96,8 @@ def test_codes_do_not_depend_on_the_size_of_a_token_and_zero_stays_zero(name, rn
 BITS = [
     *(CacheConfig((kind,), name, layout=layout) for kind in ("full", "ring") for name in NAMES for layout in LAYOUTS),
     *(CacheConfig(("paged",), name, page_size=16, layout=layout) for name in NAMES for layout in ("rows", "lanes")),
-    CacheConfig(("paged",), page_size=16), CacheConfig(("full",), layout="lanes", multiple=5),
+    CacheConfig(("paged",), page_size=16),
+    CacheConfig(("full",), layout="lanes", multiple=5),
     CacheConfig(("ring",), "bfloat16", layout="v_lanes", multiple=8),
 ]
 
@@ -182,8 +185,12 @@ def test_channel_scales_help_keys_with_an_outlying_channel(rng):
 # --- attention folds the scales --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("store", [s for s in BITS if s.dtype in NAMES and s.kinds != ("ring",)]
-                         + [CacheConfig(dtype="int8", key_scale="channel", layout="v_lanes")], ids=_id)  # fmt: skip
+@pytest.mark.parametrize(
+    "store",
+    [s for s in BITS if s.dtype in NAMES and s.kinds != ("ring",)]
+    + [CacheConfig(dtype="int8", key_scale="channel", layout="v_lanes")],
+    ids=_id,
+)
 def test_attention_over_codes_is_attention_over_what_they_mean(store, rng):
     """Against the loops of the kernels' contract on the raw cache (pages, lanes, codes), and over the decoded K, V."""
     new, length = entries_of(rng, 2, 20), 20
@@ -223,13 +230,20 @@ def test_error_halves_with_each_bit(rng):
 # --- what is legal ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("changes", "field"), [
-    ({"key_scale": "channel"}, "cache.key_scale"), ({"key_scale": "head"}, "cache.key_scale"),
-    ({"key_scale": "channel", "dtype": "int8", "kinds": ("paged",)}, "cache.key_scale"),
-    ({"layout": "columns"}, "cache.layout"), ({"dtype": "float16"}, "cache.dtype"), ({"multiple": 0}, "cache.multiple"),
-    ({"kinds": ("paged",), "page_size": 24}, "cache.page_size"), ({"kinds": ("paged",), "pages": -1}, "cache.pages"),
-    ({"pages": 3}, "cache.pages"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"key_scale": "channel"}, "cache.key_scale"),
+        ({"key_scale": "head"}, "cache.key_scale"),
+        ({"key_scale": "channel", "dtype": "int8", "kinds": ("paged",)}, "cache.key_scale"),
+        ({"layout": "columns"}, "cache.layout"),
+        ({"dtype": "float16"}, "cache.dtype"),
+        ({"multiple": 0}, "cache.multiple"),
+        ({"kinds": ("paged",), "page_size": 24}, "cache.page_size"),
+        ({"kinds": ("paged",), "pages": -1}, "cache.pages"),
+        ({"pages": 3}, "cache.pages"),
+    ],
+)
 def test_bad_stores_raise(changes, field):
     with pytest.raises(UserError, match=field):
         cache.create(tiny.BASE, CacheConfig(**changes), 1, 8)
@@ -243,8 +257,12 @@ def test_what_a_model_has_no_leaf_for_raises():
 
 
 def test_slots_are_rounded_up_to_a_multiple():
-    for kind, multiple, capacity, want in (("full", 8, 20, (24, 0, 0)), ("ring", 4, 40, (12, 7, 2)),
-                                           ("ring", 16, 12, (16, 0, 0)), ("paged", 8, 20, (32, 0, 0))):  # fmt: skip
+    for kind, multiple, capacity, want in (
+        ("full", 8, 20, (24, 0, 0)),
+        ("ring", 4, 40, (12, 7, 2)),
+        ("ring", 16, 12, (16, 0, 0)),
+        ("paged", 8, 20, (32, 0, 0)),
+    ):
         store = CacheConfig((kind,), multiple=multiple, page_size=16)
         assert cache.layout(WINDOWED, store, 0, capacity) == want
         assert cache.create(WINDOWED, store, 1, capacity)[0].slots == want[0]

@@ -15,8 +15,11 @@ from tests.helpers import shapes
 from tests.helpers.sharded_cases import MODELS, SLOTS, STEPS, TOKENS, case, mesh_of
 from tests.helpers.tolerances import CODES_STEP, apart
 
-STORES = {"int8": CacheConfig(dtype="int8"), "lanes": CacheConfig(dtype="float8_e4m3fn", layout="lanes"),
-          "v_lanes": CacheConfig(dtype="int8", layout="v_lanes")}  # fmt: skip
+STORES = {
+    "int8": CacheConfig(dtype="int8"),
+    "lanes": CacheConfig(dtype="float8_e4m3fn", layout="lanes"),
+    "v_lanes": CacheConfig(dtype="int8", layout="v_lanes"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -39,16 +42,29 @@ def unsharded(name, store, batch):
 
 
 def program(name, store, phase, layout, batch):
-    p = sharded.build(MODELS[name], STORES[store], layout, mesh_of(), phase=phase, batch=batch, context=SLOTS,
-                      tokens=TOKENS if phase == "prefill" else 0, weights="float32")  # fmt: skip
+    p = sharded.build(
+        MODELS[name],
+        STORES[store],
+        layout,
+        mesh_of(),
+        phase=phase,
+        batch=batch,
+        context=SLOTS,
+        tokens=TOKENS if phase == "prefill" else 0,
+        weights="float32",
+    )
     compiled = jax.jit(p.fn).lower(*p.args).compile()
     return lambda *args: compiled(*jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), args, p.args))
 
 
-@pytest.mark.parametrize(("name", "store", "layout"), [
-    ("mqa", "int8", "ws_2d/by_seq:xyz"), ("mha", "v_lanes", "ws_2d/by_head:xyz"),
-    ("mqa", "lanes", "wg_xy/by_batch:z+by_seq:xy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "store", "layout"),
+    [
+        ("mqa", "int8", "ws_2d/by_seq:xyz"),
+        ("mha", "v_lanes", "ws_2d/by_head:xyz"),
+        ("mqa", "lanes", "wg_xy/by_batch:z+by_seq:xy"),
+    ],
+)
 def test_codes_are_the_same_on_eight_chips(name, store, layout):
     """Prefill and decode in one layout."""
     params, prompt, steps, exact = case(name, 8)
@@ -68,10 +84,13 @@ def test_codes_are_the_same_on_eight_chips(name, store, layout):
             assert (one != other).mean() < CODES_STEP.rtol
 
 
-@pytest.mark.parametrize(("store", "field"), [
-    (CacheConfig(("paged",), page_size=16), "cache.kinds"),
-    (CacheConfig(dtype="int8", key_scale="channel"), "cache.key_scale"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("store", "field"),
+    [
+        (CacheConfig(("paged",), page_size=16), "cache.kinds"),
+        (CacheConfig(dtype="int8", key_scale="channel"), "cache.key_scale"),
+    ],
+)
 def test_what_has_no_sharded_form_says_so(store, field):
     with pytest.raises(UserError, match=f"{field}.*not split over chips"):
         sharded.build(MODELS["gqa"], store, "ws_2d/by_batch:xyz", mesh_of(), phase="decode", batch=8, context=SLOTS)

@@ -24,7 +24,8 @@ from tests.helpers.tolerances import BF16_CACHE, CODES_STEP, F32_DECODE, FP8_CAC
 
 LENGTH = 12
 STORES = {
-    f"{kind}-{dtype}": CacheConfig((kind,), dtype) for kind in ("full", "ring", "by_mask")
+    f"{kind}-{dtype}": CacheConfig((kind,), dtype)
+    for kind in ("full", "ring", "by_mask")
     for dtype in ("float32", "bfloat16")
 }
 STORES["by_mask-int8"] = CacheConfig(("by_mask",), "int8")
@@ -148,11 +149,19 @@ def test_cells_are_counted():
     assert len(LEGAL) == 2 * (2 * looped + windowed) + looped + moved
 
 
-@pytest.mark.parametrize("name,store", [
-    ("gqa", "full-float32"), ("window_sinks", "ring-float32"), ("mqa_cla2_pattern", "by_mask-float32"),
-    ("tied_kv", "full-float32"), ("uneven_cla2_window", "ring-float32"), ("window_sinks", "ring-int8-lanes"),
-    ("mqa", "paged-float32"), ("uneven_kv", "paged-int8-v_lanes"),
-])
+@pytest.mark.parametrize(
+    "name,store",
+    [
+        ("gqa", "full-float32"),
+        ("window_sinks", "ring-float32"),
+        ("mqa_cla2_pattern", "by_mask-float32"),
+        ("tied_kv", "full-float32"),
+        ("uneven_cla2_window", "ring-float32"),
+        ("window_sinks", "ring-int8-lanes"),
+        ("mqa", "paged-float32"),
+        ("uneven_kv", "paged-int8-v_lanes"),
+    ],
+)
 @pytest.mark.parametrize("chunk", [1, 4, 5])
 @pytest.mark.parametrize("pad", [0, 3])
 def test_chunked_and_left_padded_prefill(name, store, chunk, pad):

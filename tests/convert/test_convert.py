@@ -281,9 +281,14 @@ def test_exactness_is_what_running_both_models_shows():
         return {**layer, path[0]: nudged(layer[path[0]], *path[1:])}
 
     for index, path in (
-        (0, ("attn", "o")), (0, ("attn", "o_bias")), (0, ("mlp", "down")), (0, ("mlp", "down_bias")),
-        (1, ("attn", "k")), (3, ("attn", "v_bias")), (3, ("attn_norm", "scale")),
-    ):  # fmt: skip
+        (0, ("attn", "o")),
+        (0, ("attn", "o_bias")),
+        (0, ("mlp", "down")),
+        (0, ("mlp", "down_bias")),
+        (1, ("attn", "k")),
+        (3, ("attn", "v_bias")),
+        (3, ("attn_norm", "scale")),
+    ):
         layers = tuple(nudged(layer, *path) if i == index else layer for i, layer in enumerate(exact["layers"]))
         broken = {**exact, "layers": layers}
         result = convert_one(broken, cfg, ConvertConfig(kind="cla", factor=2))

@@ -47,9 +47,7 @@ def config(tmp_path):
     folder.mkdir()
     for i in range(11):
         (folder / f"{i}.txt").write_text(words(i, 17 + 9 * i))
-    return DataConfig(
-        source="text_files", paths=(str(folder / "*.txt"),), batch_size=6, seq_len=T, seed=3
-    )
+    return DataConfig(source="text_files", paths=(str(folder / "*.txt"),), batch_size=6, seq_len=T, seed=3)
 
 
 def make(config, tmp_path, tokenizer=None, **kwargs):
@@ -89,12 +87,7 @@ def test_shakespeare_is_modern_spelling_and_split_by_play():
 def test_no_line_of_an_evaluation_play_is_trained_on():
     parts = corpora.split(DataConfig(source="shakespeare"))
     trained = {line.strip() for d in parts["train"] for line in d.text.splitlines()}
-    held_out = [
-        line.strip()
-        for d in parts["eval"]
-        for line in d.text.splitlines()
-        if len(line.strip()) > 40
-    ]
+    held_out = [line.strip() for d in parts["eval"] for line in d.text.splitlines() if len(line.strip()) > 40]
     leaked = [line for line in held_out if line in trained]
     assert len(held_out) > 5000
     assert leaked == []
@@ -156,12 +149,7 @@ def test_single_file_holds_out_its_tail(tmp_path):
 
 def test_eval_text_holds_every_evaluation_play():
     text = data.eval_text(DataConfig(source="shakespeare"))
-    for title in (
-        "AS YOU LIKE IT",
-        "HAMLET, PRINCE OF DENMARK",
-        "JULIUS CAESAR",
-        "OTHELLO, THE MOOR",
-    ):
+    for title in ("AS YOU LIKE IT", "HAMLET, PRINCE OF DENMARK", "JULIUS CAESAR", "OTHELLO, THE MOOR"):
         assert title in text
     assert 5e5 < len(text) < 6e5
 
@@ -175,9 +163,7 @@ def test_gutenberg_licence_and_markup_are_removed():
         "snake_case_name\r\n * * * *\r\n\r\n\r\n\r\n\r\nlast line\r\n\r\nTHE END\r\n\r\n"
         "End of the Project Gutenberg EBook\r\nmore licence\r\n"
     )
-    assert corpora.clean_gutenberg(raw) == (
-        "A TITLE\n\n\nI have tremor cordis here;\nsnake_case_name\n\n\nlast line\n"
-    )
+    assert corpora.clean_gutenberg(raw) == ("A TITLE\n\n\nI have tremor cordis here;\nsnake_case_name\n\n\nlast line\n")
 
 
 def test_missing_package_is_one_sentence(monkeypatch):
@@ -199,18 +185,12 @@ def _recall(**fields):
 BAD = {
     "empty": (lambda p: _write(p, "a.txt", b""), "no text"),
     "blank": (lambda p: _write(p, "a.txt", b" \n\t\n"), "no text"),
-    "no match": (
-        lambda p: DataConfig(source="text_files", paths=(str(p / "*.nothing"),)),
-        "matches no file",
-    ),
+    "no match": (lambda p: DataConfig(source="text_files", paths=(str(p / "*.nothing"),)), "matches no file"),
     "a folder": (lambda p: DataConfig(source="text_files", paths=(str(p),)), "matches no file"),
     "no globs": (lambda p: DataConfig(source="text_files"), "data.paths is empty"),
     "not utf-8": (lambda p: _write(p, "a.txt", b"caf\xe9 au lait"), "not UTF-8"),
     "one word": (lambda p: _write(p, "a.txt", b"x"), "too few"),
-    "short": (
-        lambda p: _write(p, "a.txt", b"only a few words here and no more"),
-        "fewer than one sequence",
-    ),
+    "short": (lambda p: _write(p, "a.txt", b"only a few words here and no more"), "fewer than one sequence"),
     "batch": (lambda p: DataConfig(batch_size=7), "data.batch_size is 7"),
     "fraction": (lambda p: DataConfig(eval_fraction=1.0, batch_size=2), "data.eval_fraction"),
     "tokenizer": (lambda p: DataConfig(tokenizer="gpt", batch_size=2), "data.tokenizer"),
@@ -258,9 +238,7 @@ def pack_slowly(documents, seq_len):
     return rows
 
 
-@pytest.mark.parametrize(
-    "lengths", [(29,), (5, 1, 2, 31, 7, 0, 3, 13, 13, 19), (13, 14), (1,) * 27]
-)
+@pytest.mark.parametrize("lengths", [(29,), (5, 1, 2, 31, 7, 0, 3, 13, 13, 19), (13, 14), (1,) * 27])
 def test_packing_matches_the_slow_oracle(lengths, rng):
     documents = [rng.integers(1, 500, n).astype(np.int32) for n in lengths]
     rows = packing.PackedRows(documents, T)
@@ -274,9 +252,7 @@ def test_packing_matches_the_slow_oracle(lengths, rng):
 
 
 def test_packing_by_hand():
-    rows = packing.PackedRows(
-        [np.array([10, 11, 12]), np.array([20, 21, 22, 23, 24]), np.array([30])], 4
-    )
+    rows = packing.PackedRows([np.array([10, 11, 12]), np.array([20, 21, 22, 23, 24]), np.array([30])], 4)
     assert len(rows) == 2
     assert {k: v.tolist() for k, v in rows[0].items()} == {
         "tokens": [10, 11, 12, 20],
@@ -307,9 +283,7 @@ def test_eval_rows_are_the_held_out_files_in_order(config, tmp_path):
     np.testing.assert_array_equal(got[: len(rows)], [rows[i]["tokens"] for i in range(len(rows))])
     np.testing.assert_array_equal(got[len(rows) :], got[: len(rows)])
     trained, _ = data.rows_of(config, WordTokenizer(), "train", tmp_path / "cache")
-    assert {r.tobytes() for r in got}.isdisjoint(
-        trained[i]["tokens"].tobytes() for i in range(len(trained))
-    )
+    assert {r.tobytes() for r in got}.isdisjoint(trained[i]["tokens"].tobytes() for i in range(len(trained)))
 
 
 # --- order, sharding, resumption ----------------------------------------------------------------------
@@ -335,13 +309,9 @@ def test_processes_concatenate_to_the_single_process(processes, accumulation, co
     whole = take(make(config, tmp_path), 7)
     count = 7 * accumulation
     shared = {"process_count": processes, "accumulation": accumulation}
-    parts = [
-        take(make(config, tmp_path, process_index=p, **shared), count) for p in range(processes)
-    ]
+    parts = [take(make(config, tmp_path, process_index=p, **shared), count) for p in range(processes)]
     assert parts[0][0]["tokens"].shape == (6 // processes // accumulation, T)
-    micro = [
-        {k: np.concatenate([part[i][k] for part in parts]) for k in whole[0]} for i in range(count)
-    ]
+    micro = [{k: np.concatenate([part[i][k] for part in parts]) for k in whole[0]} for i in range(count)]
     steps = [
         {k: np.concatenate([m[k] for m in micro[i : i + accumulation]]) for k in whole[0]}
         for i in range(0, len(micro), accumulation)
@@ -486,9 +456,7 @@ def test_recall_rows_are_solved_by_a_dictionary(tmp_path):
     distances = []
     for batch in batches:
         assert batch["tokens"].shape == (5, 64)
-        for tokens, targets, mask in zip(
-            batch["tokens"], batch["targets"], batch["loss_mask"], strict=True
-        ):
+        for tokens, targets, mask in zip(batch["tokens"], batch["targets"], batch["loss_mask"], strict=True):
             keys, values = tokens[0:14:2], tokens[1:14:2]
             assert len(set(keys.tolist())) == len(set(values.tolist())) == 7
             assert 1 <= keys.min() <= keys.max() < 50 <= values.min() <= values.max() < 101
@@ -506,9 +474,7 @@ def test_recall_rows_are_solved_by_a_dictionary(tmp_path):
 
 def test_recall_streams_differ_and_repeat_exactly():
     train, held_out = (packing.RecallRows(10, 32, 3, 64, seed=1, stream=s) for s in (0, 1))
-    assert (
-        train[4]["tokens"] == packing.RecallRows(10, 32, 3, 64, seed=1, stream=0)[4]["tokens"]
-    ).all()
+    assert (train[4]["tokens"] == packing.RecallRows(10, 32, 3, 64, seed=1, stream=0)[4]["tokens"]).all()
     assert (train[4]["tokens"] != held_out[4]["tokens"]).any()
     assert (train[4]["tokens"] != train[5]["tokens"]).any()
 

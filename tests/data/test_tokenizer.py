@@ -286,9 +286,12 @@ def test_broken_directories(folder):
 
 
 SETTINGS = hypothesis.settings(
-    max_examples=300, deadline=None, derandomize=True, database=None,
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 
 
 PATCHES = st.binary(max_size=4) | st.sampled_from([b"[]", b"null", b'"', b"}", b"-1"])

@@ -13,7 +13,7 @@ import pytest
 
 from kvattn import cache, model
 from kvattn.config import CacheConfig, DecodeConfig
-from kvattn.decode import generate as decode
+from kvattn.decode import generation as decode
 from kvattn.errors import UserError
 from tests.helpers import tiny
 from tests.helpers.tolerances import F32_DECODE, close
@@ -92,9 +92,17 @@ def test_all_rows_done_ends_the_loop():
     tokens, positions = decode.pad_prompts(PROMPTS, 7)
     sampler = decode.sampling.create(DecodeConfig(), 3)
     state = decode.generate_jit(
-        params, cfg, tokens, positions, cache.create(cfg, FULL, 3, 32), sampler,
-        jnp.asarray(ends, jnp.int32), jnp.int32(16), chunk=16, width=16,
-    )  # fmt: skip
+        params,
+        cfg,
+        tokens,
+        positions,
+        cache.create(cfg, FULL, 3, 32),
+        sampler,
+        jnp.asarray(ends, jnp.int32),
+        jnp.int32(16),
+        chunk=16,
+        width=16,
+    )
     assert int(state.step) <= 2 and np.all(np.asarray(state.position) == -1)
     assert np.all(np.asarray(state.out)[:, 2:] == -1)
 

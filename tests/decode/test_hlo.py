@@ -14,7 +14,7 @@ import pytest
 
 from kvattn import cache, model
 from kvattn.config import CacheConfig, DecodeConfig
-from kvattn.decode import generate as decode
+from kvattn.decode import generation as decode
 from kvattn.decode import sampling
 from tests.helpers import tiny
 

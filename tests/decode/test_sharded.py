@@ -4,7 +4,6 @@ The oracle is the plain forward pass over each row's own tokens, without cache a
 comparison covers the layout's collectives, the cache split over chips, and padding on either side.
 """
 
-
 import jax
 import numpy as np
 import pytest
@@ -26,9 +25,19 @@ def local_shapes(monkeypatch):
 
 def program(name, phase, layout, overlap, batch, shape=(2, 2, 2), scan=False):
     """(call, its abstract arguments): a compiled program that places its own arguments."""
-    p = sharded.build(MODELS[name], store(name), layout, mesh_of(shape), phase=phase, batch=batch, context=SLOTS,
-                      tokens=TOKENS if phase == "prefill" else 0, weights="float32", overlap=overlap,
-                      scan=scan)  # fmt: skip
+    p = sharded.build(
+        MODELS[name],
+        store(name),
+        layout,
+        mesh_of(shape),
+        phase=phase,
+        batch=batch,
+        context=SLOTS,
+        tokens=TOKENS if phase == "prefill" else 0,
+        weights="float32",
+        overlap=overlap,
+        scan=scan,
+    )
     compiled = jax.jit(p.fn).lower(*p.args).compile()
 
     def call(*args):
@@ -55,26 +64,44 @@ def check_decode(name, layout, overlap="none", batch=8, shape=(2, 2, 2)):
 # --- the matrix: every layout x every way of splitting K and V, and every model in several of them -----------
 
 DECODE = [
-    ("palm", "ws_1d/replicated", "none"), ("palm", "ws_2d/by_batch:xyz", "two_way"),
-    ("palm", "wg_x/by_batch:yz", "one_way"), ("palm", "wg_xyz/by_batch:xyz", "compiler"),
-    ("mqa", "ws_2d/by_seq:xyz", "one_way"), ("mqa", "ws_1d/by_batch:yz+by_seq:x", "two_way"),
-    ("mqa", "wg_xy/by_batch:z+by_seq:xy", "none"), ("mqa", "ws_2d/by_seq:x", "compiler"),
-    ("gqa", "ws_2d/by_head:z+by_batch:xy", "one_way"), ("gqa", "ws_1d/by_head:yz", "none"),
-    ("gqa", "wg_xyz/by_head:z+by_batch:xy", "two_way"), ("gqa", "wg_x/replicated", "compiler"),
-    ("gqa", "ws_2d/by_head:z+by_seq:xy", "none"), ("gqa", "wg_xy/by_head:yz+by_seq:x", "one_way"),
-    ("mha", "ws_2d/by_head:xyz", "two_way"), ("mha", "ws_1d/by_head:xyz", "one_way"),
-    ("mha", "wg_xy/by_head:xyz", "compiler"), ("mha", "wg_x/by_batch:xyz", "none"),
-    ("uneven", "ws_2d/by_head:z+by_batch:y", "none"), ("uneven", "wg_xyz/by_batch:z", "one_way"),
-    ("many_v", "ws_2d/by_batch:yz", "two_way"), ("many_v", "ws_1d/by_seq:yz", "none"),
-    ("cla2", "ws_2d/by_batch:xyz", "none"), ("cla2", "wg_x/by_head:z+by_seq:y", "two_way"),
-    ("ring", "ws_2d/by_seq:xyz", "none"), ("ring", "wg_xy/by_batch:xy", "two_way"),
+    ("palm", "ws_1d/replicated", "none"),
+    ("palm", "ws_2d/by_batch:xyz", "two_way"),
+    ("palm", "wg_x/by_batch:yz", "one_way"),
+    ("palm", "wg_xyz/by_batch:xyz", "compiler"),
+    ("mqa", "ws_2d/by_seq:xyz", "one_way"),
+    ("mqa", "ws_1d/by_batch:yz+by_seq:x", "two_way"),
+    ("mqa", "wg_xy/by_batch:z+by_seq:xy", "none"),
+    ("mqa", "ws_2d/by_seq:x", "compiler"),
+    ("gqa", "ws_2d/by_head:z+by_batch:xy", "one_way"),
+    ("gqa", "ws_1d/by_head:yz", "none"),
+    ("gqa", "wg_xyz/by_head:z+by_batch:xy", "two_way"),
+    ("gqa", "wg_x/replicated", "compiler"),
+    ("gqa", "ws_2d/by_head:z+by_seq:xy", "none"),
+    ("gqa", "wg_xy/by_head:yz+by_seq:x", "one_way"),
+    ("mha", "ws_2d/by_head:xyz", "two_way"),
+    ("mha", "ws_1d/by_head:xyz", "one_way"),
+    ("mha", "wg_xy/by_head:xyz", "compiler"),
+    ("mha", "wg_x/by_batch:xyz", "none"),
+    ("uneven", "ws_2d/by_head:z+by_batch:y", "none"),
+    ("uneven", "wg_xyz/by_batch:z", "one_way"),
+    ("many_v", "ws_2d/by_batch:yz", "two_way"),
+    ("many_v", "ws_1d/by_seq:yz", "none"),
+    ("cla2", "ws_2d/by_batch:xyz", "none"),
+    ("cla2", "wg_x/by_head:z+by_seq:y", "two_way"),
+    ("ring", "ws_2d/by_seq:xyz", "none"),
+    ("ring", "wg_xy/by_batch:xy", "two_way"),
     ("ring", "ws_1d/by_head:z+by_batch:xy", "compiler"),
-    ("qk_head", "ws_2d/by_head:yz+by_batch:x", "one_way"), ("qk_head", "wg_xy/by_batch:yz", "none"),
-    ("qk_full", "ws_2d/by_batch:xyz", "two_way"), ("qk_full", "wg_x/by_head:z", "none"),
-    ("gemma", "ws_2d/by_head:z+by_batch:xy", "none"), ("gemma", "wg_xyz/by_batch:xyz", "one_way"),
-    ("tied_kv", "ws_2d/by_batch:xyz", "one_way"), ("tied_kv", "ws_1d/by_seq:z", "none"),
-    ("ladder", "ws_2d/by_batch:xyz", "one_way"), ("ladder", "wg_xy/by_batch:xyz", "none"),
-]  # fmt: skip
+    ("qk_head", "ws_2d/by_head:yz+by_batch:x", "one_way"),
+    ("qk_head", "wg_xy/by_batch:yz", "none"),
+    ("qk_full", "ws_2d/by_batch:xyz", "two_way"),
+    ("qk_full", "wg_x/by_head:z", "none"),
+    ("gemma", "ws_2d/by_head:z+by_batch:xy", "none"),
+    ("gemma", "wg_xyz/by_batch:xyz", "one_way"),
+    ("tied_kv", "ws_2d/by_batch:xyz", "one_way"),
+    ("tied_kv", "ws_1d/by_seq:z", "none"),
+    ("ladder", "ws_2d/by_batch:xyz", "one_way"),
+    ("ladder", "wg_xy/by_batch:xyz", "none"),
+]
 
 
 @pytest.mark.parametrize("name, layout, overlap", DECODE)
@@ -140,20 +167,26 @@ def test_prefill_and_decode_of_one_sequence(prefill, overlap):
     check_handover("mqa", prefill, "ws_2d/by_seq:xyz", (overlap, "none"), batch=1)
 
 
-@pytest.mark.parametrize("name, prefill, decode, overlap", [
-    ("gqa", "wg_xyz/by_batch:xyz", "ws_2d/by_batch:xyz", "two_way"),
-    ("cla4", "ws_2d/by_head:z+by_batch:xy", "wg_xy/by_head:z+by_batch:xy", "none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, prefill, decode, overlap",
+    [
+        ("gqa", "wg_xyz/by_batch:xyz", "ws_2d/by_batch:xyz", "two_way"),
+        ("cla4", "ws_2d/by_head:z+by_batch:xy", "wg_xy/by_head:z+by_batch:xy", "none"),
+    ],
+)
 def test_prefill_as_a_scan_over_layers(name, prefill, decode, overlap):
     """Stacked weights and caches; unstacked, the caches are what decode reads."""
     check_handover(name, prefill, decode, (overlap, "none"), scan=True)
 
 
-@pytest.mark.parametrize("shape, name, prefill, decode", [
-    ((1, 4, 2), "gqa", "wg_xy/by_head:z+by_batch:y", "ws_2d/by_head:z+by_batch:y"),
-    ((4, 2, 1), "palm", "wg_x/by_batch:xyz", "ws_2d/by_batch:xyz"),
-    ((4, 2, 1), "mqa", "ws_2d/by_seq:x", "ws_1d/by_seq:x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, name, prefill, decode",
+    [
+        ((1, 4, 2), "gqa", "wg_xy/by_head:z+by_batch:y", "ws_2d/by_head:z+by_batch:y"),
+        ((4, 2, 1), "palm", "wg_x/by_batch:xyz", "ws_2d/by_batch:xyz"),
+        ((4, 2, 1), "mqa", "ws_2d/by_seq:x", "ws_1d/by_seq:x"),
+    ],
+)
 def test_meshes_of_other_shapes(shape, name, prefill, decode):
     check_handover(name, prefill, decode, ("one_way", "two_way"), shape=shape)
 

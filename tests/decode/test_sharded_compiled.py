@@ -32,14 +32,27 @@ def compiler():
 def _expected(cfg, phase, weights, layout, batch, tokens):
     full, _ = sharded_jobs.padded(cfg, CHIPS)
     work = plan.workload(full, CACHE, weights=weights)
-    predicted = cost.predict(work, layouts.parse(layout), dict(zip("xyz", MESH, strict=True)), "v4", phase=phase,
-                             batch=batch, tokens=tokens, context=CONTEXT)
+    predicted = cost.predict(
+        work,
+        layouts.parse(layout),
+        dict(zip("xyz", MESH, strict=True)),
+        "v4",
+        phase=phase,
+        batch=batch,
+        tokens=tokens,
+        context=CONTEXT,
+    )
     return sharded_jobs.expectations(full, CACHE, predicted, batch, CONTEXT, "none")
 
 
 def _job(cfg, **rest):
-    return {"model": dataclasses.asdict(cfg), "cache": dataclasses.asdict(CACHE), "layout": LAYOUT, "batch": BATCH,
-            "context": CONTEXT} | rest
+    return {
+        "model": dataclasses.asdict(cfg),
+        "cache": dataclasses.asdict(CACHE),
+        "layout": LAYOUT,
+        "batch": BATCH,
+        "context": CONTEXT,
+    } | rest
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
@@ -47,8 +60,9 @@ def test_a_decode_step_is_near_its_floor_and_the_doctor_names_nothing(compiler, 
     """Collectives are those of the cost model, byte for byte; no cache is copied; the step's estimated cycles are at
     most 1.3 times those of its weight matmuls and cache reads compiled alone."""
     wanted = _expected(CFG, "decode", weights, LAYOUT, BATCH, 1)
-    step = compiler.compile(sharded_jobs.TARGET, _job(CFG, phase="decode", weights=weights), SLICE, MESH,
-                            expectations=wanted)
+    step = compiler.compile(
+        sharded_jobs.TARGET, _job(CFG, phase="decode", weights=weights), SLICE, MESH, expectations=wanted
+    )
     floor = compiler.compile("tests.helpers.aot_targets:decode_floor", _job(CFG, weights=weights), SLICE, MESH)
     assert [str(f) for f in step.findings if f.severity == "warning"] == []
     ratio = sum(step.cycles.values()) / sum(floor.cycles.values())
@@ -63,8 +77,12 @@ def test_rings_show_permutes_where_the_blocking_program_gathers(compiler):
     """x's reduce-scatter and all-gather around each matmul become permutes; y and z's stay."""
     ops = {}
     for overlap in ("none", "one_way"):
-        report = compiler.compile(sharded_jobs.TARGET, _job(size("palm-540b", n_layers=1), phase="decode",
-                                                            weights="bfloat16", overlap=overlap), SLICE, MESH)
+        report = compiler.compile(
+            sharded_jobs.TARGET,
+            _job(size("palm-540b", n_layers=1), phase="decode", weights="bfloat16", overlap=overlap),
+            SLICE,
+            MESH,
+        )
         ops[overlap] = {(c.op, c.axes): c.count for c in report.collectives}
     assert not any(op == "collective-permute" for op, _ in ops["none"])
     assert ops["one_way"]["collective-permute", ("x",)] >= 3 * 4  # q, up, gate, down and o, three steps each

@@ -16,8 +16,9 @@ from tests.helpers.models import lively
 from tests.helpers.sharded_cases import mesh_of
 from tests.helpers.tolerances import F32_SHARDED, close
 
-SIZES = dict(vocab_size=64, d_model=48, n_heads=8, n_k_heads=4, n_v_heads=4, d_ff=40, n_layers=1, head_dim=16,
-             v_head_dim=16)  # fmt: skip
+SIZES = dict(
+    vocab_size=64, d_model=48, n_heads=8, n_k_heads=4, n_v_heads=4, d_ff=40, n_layers=1, head_dim=16, v_head_dim=16
+)
 ONE_HEAD = {"n_k_heads": 1, "n_v_heads": 1}
 BATCH, SLOTS, LENGTHS = 8, 1024, (1, 130, 700, 1023, 128, 129, 512, 6)
 LANES = CacheConfig(multiple=128, layout="lanes")
@@ -50,23 +51,34 @@ def test_a_sharded_step_with_kernels_equals_one_chip(name, change, store, layout
     with target.of("tpu", interpret=True):
         p = sharded.build(fast, held, layout, mesh_of(), phase="decode", batch=BATCH, context=SLOTS, weights="float32")
         lowered = jax.jit(p.fn).lower(*p.args)
-    got, _ = lowered.compile()(*jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), (params, token, at, caches),
-                                             p.args))
+    got, _ = lowered.compile()(
+        *jax.tree.map(lambda a, s: jax.device_put(a, s.sharding), (params, token, at, caches), p.args)
+    )
     close(got, want, F32_SHARDED, layout)
 
 
 def test_a_program_that_the_compiler_partitions_takes_no_kernel():
     cfg = tiny.config(**SIZES, decode_kernel="mosaic_tpu")
     with target.of("tpu", interpret=True), pytest.raises(UserError, match="that the compiler partitions; write its"):
-        p = sharded.build(cfg, LANES, "ws_2d/by_batch:xyz", mesh_of(), phase="decode", batch=BATCH,
-                          context=SLOTS, weights="float32", overlap="compiler")
+        p = sharded.build(
+            cfg,
+            LANES,
+            "ws_2d/by_batch:xyz",
+            mesh_of(),
+            phase="decode",
+            batch=BATCH,
+            context=SLOTS,
+            weights="float32",
+            overlap="compiler",
+        )
         jax.jit(p.fn).lower(*p.args)
 
 
 def test_a_mesh_of_another_platform_raises():
     """The mesh says which chips the program is for."""
     cfg = tiny.config(**SIZES, decode_kernel="mosaic_tpu")
-    p = sharded.build(cfg, LANES, "ws_2d/by_batch:xyz", mesh_of(), phase="decode", batch=BATCH,
-                      context=SLOTS, weights="float32")
+    p = sharded.build(
+        cfg, LANES, "ws_2d/by_batch:xyz", mesh_of(), phase="decode", batch=BATCH, context=SLOTS, weights="float32"
+    )
     with pytest.raises(UserError, match="a kernel for tpu, and this is a cpu"):
         jax.jit(p.fn).lower(*p.args)

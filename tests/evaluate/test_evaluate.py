@@ -76,9 +76,7 @@ def test_token_nll_matches_a_loop_without_cache(kind, params, ids):
 )
 def test_other_strides_and_tails(length, context, stride, params, ids):
     ids = ids[:length]
-    got = evaluate.token_nll(
-        params, WINDOWED, ids, context=context, stride=stride, cache_cfg=FULL, batch=3, chunk=4
-    )
+    got = evaluate.token_nll(params, WINDOWED, ids, context=context, stride=stride, cache_cfg=FULL, batch=3, chunk=4)
     want = nll_by_hand(params, ids, context, stride)
     assert (np.isnan(got) == np.isnan(want)).all()
     seen = ~np.isnan(want)
@@ -89,7 +87,10 @@ def test_other_strides_and_tails(length, context, stride, params, ids):
 def test_windows_by_hand():
     sequences, target = evaluate.windows(np.arange(10, 21, dtype=np.int32), 5, 2)
     assert sequences.tokens.tolist() == [
-        [10, 11, 12, 13, 14], [12, 13, 14, 15, 16], [14, 15, 16, 17, 18], [16, 17, 18, 19, 20],
+        [10, 11, 12, 13, 14],
+        [12, 13, 14, 15, 16],
+        [14, 15, 16, 17, 18],
+        [16, 17, 18, 19, 20],
     ]
     assert sequences.scored.astype(int).tolist() == [[1, 1, 1, 1, 0]] + [[0, 0, 1, 1, 0]] * 3
     assert sequences.targets[sequences.scored].tolist() == list(range(11, 21))
@@ -141,9 +142,7 @@ def test_a_model_that_knows_nothing_scores_ln_of_the_vocabulary(params, ids):
 def test_a_diverged_model_is_an_error_and_not_a_number(params, ids):
     broken = params | {"final_norm": {"scale": params["final_norm"]["scale"].at[3].set(jnp.nan)}}
     with pytest.raises(UserError, match="NaN"):
-        evaluate.perplexity(
-            broken, WINDOWED, ids, context=CONTEXT, stride=STRIDE, cache_cfg=FULL, batch=3, chunk=4
-        )
+        evaluate.perplexity(broken, WINDOWED, ids, context=CONTEXT, stride=STRIDE, cache_cfg=FULL, batch=3, chunk=4)
 
 
 def test_logits_prefill_and_decode_match_the_forward(params, ids):

@@ -52,9 +52,7 @@ def test_logits_command(mode, folder, params):
     tokens = np.load(folder / "ids.npy")
     np.save(folder / "row.npy", tokens[0].astype(np.int32))
     name = "ids.npy" if mode == "prefill" else "row.npy"
-    done = command(
-        folder, "logits", "--checkpoint=model", f"--tokens={name}", f"--mode={mode}", f"--out={mode}.npy"
-    )
+    done = command(folder, "logits", "--checkpoint=model", f"--tokens={name}", f"--mode={mode}", f"--out={mode}.npy")
     assert (done.returncode, done.stderr) == (0, "")
     got = np.load(folder / f"{mode}.npy")
     want = np.asarray(model.forward(params, CFG, model.Inputs(jnp.asarray(tokens, jnp.int32)))[0].logits)
@@ -64,9 +62,7 @@ def test_logits_command(mode, folder, params):
 
 
 def test_evaluate_command(folder, params):
-    done = command(
-        folder, "evaluate", "--checkpoint=model", "--text=text.txt", "--context=32", "--stride=12", "--json"
-    )
+    done = command(folder, "evaluate", "--checkpoint=model", "--text=text.txt", "--context=32", "--stride=12", "--json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     result = json.loads(done.stdout)

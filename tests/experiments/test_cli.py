@@ -22,7 +22,7 @@ It says what it got.
 """
 import errno, sys
 from absl import flags
-from kvattn import cli
+from experiments.common import cli
 from kvattn.errors import UserError
 
 OUT = flags.DEFINE_string("out", "here.npy", "where to write")
@@ -261,10 +261,18 @@ def test_parsing_leaves_the_global_flags_as_they_were(folder):
 TPU, GPU = "libtpu", "jax_cuda13_plugin"
 
 
-@pytest.mark.parametrize("platforms,packages,files,chosen", [
-    (None, (TPU,), (), "cpu"), (None, (TPU,), ("/dev/accel0",), None), ("tpu", (TPU,), (), None), (None, (), (), None),
-    (None, (TPU, GPU), (), "cpu"), (None, (TPU, GPU), ("/dev/nvidia0",), "cuda,cpu"), (None, (GPU,), (), "cpu"),
-])
+@pytest.mark.parametrize(
+    "platforms,packages,files,chosen",
+    [
+        (None, (TPU,), (), "cpu"),
+        (None, (TPU,), ("/dev/accel0",), None),
+        ("tpu", (TPU,), (), None),
+        (None, (), (), None),
+        (None, (TPU, GPU), (), "cpu"),
+        (None, (TPU, GPU), ("/dev/nvidia0",), "cuda,cpu"),
+        (None, (GPU,), (), "cpu"),
+    ],
+)
 def test_devices_are_not_looked_for_where_only_their_compiler_is(monkeypatch, platforms, packages, files, chosen):
     """A plugin without its device: JAX is told so; a device file or the user's JAX_PLATFORMS decides otherwise."""
     told = {}

@@ -142,10 +142,12 @@ def test_what_is_wrong_or_fails_is_an_error_and_no_figure(monkeypatch):
             raise KernelError("not here")
 
         return {
-            "xla": Candidate(lambda q, kv, positions: right(q, kv, positions, options)), "short": Candidate(short),
+            "xla": Candidate(lambda q, kv, positions: right(q, kv, positions, options)),
+            "short": Candidate(short),
             "nan": Candidate(lambda q, kv, positions: right(q, kv, positions, options) * jnp.nan),
-            "raises": Candidate(lambda q, kv, positions: q.nothing), "refuses": Candidate(refuses),
-        }  # fmt: skip
+            "raises": Candidate(lambda q, kv, positions: q.nothing),
+            "refuses": Candidate(refuses),
+        }
 
     monkeypatch.setattr(kernel_bench, "candidates", planted)
     row = kernel_bench.measure_row(SMALL, 1e10, 2, NO_TORCH)
@@ -197,16 +199,24 @@ def test_no_call_of_a_loop_is_hoisted_or_merged():
 def test_inputs_of_the_next_call_are_equal_bit_by_bit(rng):
     q, kv, positions, _ = inputs(SMALL)
     out = jnp.asarray(rng.normal(size=(2, 1, 6, 8)), jnp.float32)
-    for a, b in zip(jax.tree.leaves(kernel_bench.after(out, q, kv, positions)), jax.tree.leaves((q, kv, positions)),
-                    strict=True):
+    for a, b in zip(
+        jax.tree.leaves(kernel_bench.after(out, q, kv, positions)), jax.tree.leaves((q, kv, positions)), strict=True
+    ):
         close(a, b, EXACT)
         assert a.dtype == b.dtype
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"store": "int4", "page": 16, "ragged": True}, {"store": "float8_e4m3fn"}, {"store": "int8", "ragged": True},
-    {"k_heads": 1, "head_dim": 24, "view": True, "page": 16},
-], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"store": "int4", "page": 16, "ragged": True},
+        {"store": "float8_e4m3fn"},
+        {"store": "int8", "ragged": True},
+        {"k_heads": 1, "head_dim": 24, "view": True, "page": 16},
+    ],
+    ids=str,
+)
 def test_the_float32_result_is_that_of_the_loops(change):
     """truth() and the xla candidate against reference.py, over every form of a cache."""
     shape = dataclasses.replace(SMALL, **change)
@@ -262,11 +272,18 @@ def row(shape, fraction, peers=(), **kernels):
     """A row in which our kernel reached `fraction` of a copy of 4e12 bytes/s; peers: name -> seconds over ours."""
     size, limit = shape.token_bytes * int(shape.lengths.sum()), 4e12
     seconds = size / limit / fraction
-    entries = {name: kernel_bench.figures([s], size, shape.batch, limit) | {"relative_error": 1e-3}
-               for name, s in {"mosaic_gpu": seconds, **{p: seconds * x for p, x in dict(peers).items()}}.items()}
+    entries = {
+        name: kernel_bench.figures([s], size, shape.batch, limit) | {"relative_error": 1e-3}
+        for name, s in {"mosaic_gpu": seconds, **{p: seconds * x for p, x in dict(peers).items()}}.items()
+    }
     entries |= kernels
-    return {"shape": dataclasses.asdict(shape), "cache_bytes": size, "calls": 8, "kernels": entries,
-            **report.against(entries, ["mosaic_tpu", "mosaic_gpu"])}
+    return {
+        "shape": dataclasses.asdict(shape),
+        "cache_bytes": size,
+        "calls": 8,
+        "kernels": entries,
+        **report.against(entries, ["mosaic_tpu", "mosaic_gpu"]),
+    }
 
 
 @pytest.fixture
@@ -275,35 +292,51 @@ def record():
     base, mqa, long = Shape(32, 8192), Shape(64, 16384, k_heads=1), Shape(1, 131072)
     peers = {"xla": 5.0, "cudnn": 1.5, "cudnn_grouped": 1.2, "torch_sdpa": 3.0, "torch_flex": 0.9}
     rows = {
-        base: row(base, 0.93, peers), mqa: row(mqa, 0.89, {"cudnn": 1.0}), long: row(long, 0.8),
+        base: row(base, 0.93, peers),
+        mqa: row(mqa, 0.89, {"cudnn": 1.0}),
+        long: row(long, 0.8),
         dataclasses.replace(base, store="int8"): row(dataclasses.replace(base, store="int8"), 0.85),
         dataclasses.replace(base, store="int4"): row(dataclasses.replace(base, store="int4"), 0.6),
-        dataclasses.replace(mqa, store="int4"): row(dataclasses.replace(mqa, store="int4"), 0.9,
-                                                    mosaic_gpu={"error": "wrong"}),
-        latent(16, 64, 8192): row(latent(16, 64, 8192), 0.86), latent(128, 64, 8192): row(latent(128, 64, 8192), 0.5),
+        dataclasses.replace(mqa, store="int4"): row(
+            dataclasses.replace(mqa, store="int4"), 0.9, mosaic_gpu={"error": "wrong"}
+        ),
+        latent(16, 64, 8192): row(latent(16, 64, 8192), 0.86),
+        latent(128, 64, 8192): row(latent(128, 64, 8192), 0.5),
         dataclasses.replace(base, page=64): row(dataclasses.replace(base, page=64), 0.5),
         Shape(1, 1024): row(Shape(1, 1024), 0.1, {"cudnn": 0.5}),
-    }  # fmt: skip
-    return {"benchmark": "bench_kernels", "date": "2026-11-21 10:00:00", "device_kind": "NVIDIA H200",
-            "accelerator": True, "l2_bytes": 60 << 20, "rows": {shape.name: r for shape, r in rows.items()}}
+    }
+    return {
+        "benchmark": "bench_kernels",
+        "date": "2026-11-21 10:00:00",
+        "device_kind": "NVIDIA H200",
+        "accelerator": True,
+        "l2_bytes": 60 << 20,
+        "rows": {shape.name: r for shape, r in rows.items()},
+    }
 
 
 def test_every_bar_is_read_off_its_rows(record):
     base, mqa, long = Shape(32, 8192).name, Shape(64, 16384, k_heads=1).name, Shape(1, 131072).name
     int8, int4 = (base.replace("bfloat16", store) for store in ("int8", "int4"))
-    found = {(bar["bar"], bar["row"]): (None if bar["figure"] is None else round(bar["figure"], 3), bar["met"])
-             for bar in report.bars(record)}
+    found = {
+        (bar["bar"], bar["row"]): (None if bar["figure"] is None else round(bar["figure"], 3), bar["met"])
+        for bar in report.bars(record)
+    }
     assert found == {
-        ("fraction of the copy", base): (0.93, True), ("fraction of the copy", mqa): (0.89, False),
-        ("speed over cudnn_grouped", base): (1.2, True), ("speed over torch_flex", base): (0.9, False),
-        ("speed over cudnn", mqa): (1.0, True), ("speed over torch", mqa): (None, None),
+        ("fraction of the copy", base): (0.93, True),
+        ("fraction of the copy", mqa): (0.89, False),
+        ("speed over cudnn_grouped", base): (1.2, True),
+        ("speed over torch_flex", base): (0.9, False),
+        ("speed over cudnn", mqa): (1.0, True),
+        ("speed over torch", mqa): (None, None),
         ("batch 1: time over the limit", long): (1.25, True),
-        ("speed over cudnn", long): (None, None), ("speed over torch", long): (None, None),
+        ("speed over cudnn", long): (None, None),
+        ("speed over torch", long): (None, None),
         ("int8: tokens/s over bf16", int8): (round(512 / 264 * 0.85 / 0.93, 3), True),
         ("int4: tokens/s over bf16", int4): (round(512 / 136 * 0.6 / 0.93, 3), False),
         ("int4: tokens/s over bf16", mqa.replace("bfloat16", "int4")): (None, None),
         ("latent: fraction of the copy", latent(16, 64, 8192).name): (0.86, True),
-    }  # fmt: skip
+    }
     text = report.bars_table(record).splitlines()
     assert re.search(r"fraction of the copy +0\.930 +>=0\.9 +met +GQA-8 ", text[1])
     assert re.search(r"batch 1: time over the limit +1\.250 +<=1\.3 +met", "\n".join(text))
@@ -376,8 +409,14 @@ def test_the_real_worker_says_what_it_lacks():
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("shape", [Shape(2, 128, k_heads=2, heads=8, head_dim=32, v_dim=32),
-                                   Shape(3, 128, k_heads=4, heads=4, head_dim=32, v_dim=32, ragged=True)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(2, 128, k_heads=2, heads=8, head_dim=32, v_dim=32),
+        Shape(3, 128, k_heads=4, heads=4, head_dim=32, v_dim=32, ragged=True),
+    ],
+    ids=str,
+)
 def test_torchs_candidates_equal_float32(shape, monkeypatch):
     """The worker's inputs and candidates on a CPU, where nothing can be timed."""
     from experiments.bench.peers import torch_attention_worker as worker
@@ -404,8 +443,17 @@ def test_torchs_candidates_equal_float32(shape, monkeypatch):
 def test_shapes_are_decoded_with_every_store(tmp_path, capsys):
     cfg = tiny.config(n_layers=2, n_heads=4, n_k_heads=2, n_v_heads=2, head_dim=64, v_head_dim=64)
     file, names = tmp_path / "d.json", ["xla/bfloat16", "xla/int8", "xla/bfloat16/paged", "mosaic_gpu/bfloat16"]
-    decode_bench.run({"small": cfg}, default="x.json", output=str(file), candidates=names, batch=3, context=130,
-                     steps=4, rounds=2, layers=1)  # fmt: skip
+    decode_bench.run(
+        {"small": cfg},
+        default="x.json",
+        output=str(file),
+        candidates=names,
+        batch=3,
+        context=130,
+        steps=4,
+        rounds=2,
+        layers=1,
+    )
     record = json.loads(file.read_text())
     found = record["results"]["small"]
     assert found["setting"] == {"batch": 3, "context": 130, "steps": 4, "rounds": 2, "layers": 1}

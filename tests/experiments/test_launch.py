@@ -52,7 +52,7 @@ CELLS = [
 ]
 
 HARD = [
-    "it's a \"quoted\"  value",
+    'it\'s a "quoted"  value',
     "$HOME ${PATH} $(id) `id` $$ $1 $(SECRET) $$(SECRET)",
     "*.py ? [a] ~ # ! & | ; < > (x) {a,b} %d",
     "back\\slash \\n \\\\ end\\",
@@ -143,9 +143,29 @@ def test_gpu_slices(name):
     assert not where.is_tpu
 
 
-@pytest.mark.parametrize("text", ["", "v9:2x2", "v5e", "v5e:", "v5e:4x", "v5e:2x8", "v5e:4x4x4", "v4:4x4", "v4:4x2x2",
-                                  "v4:8x8x4", "v4:4x4x6", "v4:16x16x20", "tpu7x:1x1x2", "H100:16", "H100:1x2x4",
-                                  "H100:0", "H100:08", "v5e:4x4 x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "v9:2x2",
+        "v5e",
+        "v5e:",
+        "v5e:4x",
+        "v5e:2x8",
+        "v5e:4x4x4",
+        "v4:4x4",
+        "v4:4x2x2",
+        "v4:8x8x4",
+        "v4:4x4x6",
+        "v4:16x16x20",
+        "tpu7x:1x1x2",
+        "H100:16",
+        "H100:1x2x4",
+        "H100:0",
+        "H100:08",
+        "v5e:4x4 x",
+    ],
+)
 def test_what_is_no_slice(text):
     with pytest.raises(UserError, match=r"--slice=") as error:
         launch.parse_slice(text)
@@ -223,7 +243,10 @@ def test_jobset(name):
     hosts, per_host, _, _, topology, label = TPUS[name]
     jobset = yaml.safe_load(text)
     assert (jobset["apiVersion"], jobset["kind"], jobset["metadata"]["name"]) == (
-        "jobset.x-k8s.io/v1alpha2", "JobSet", "job-7")  # fmt: skip
+        "jobset.x-k8s.io/v1alpha2",
+        "JobSet",
+        "job-7",
+    )
     assert jobset["spec"]["network"] == {"enableDNSHostnames": True, "subdomain": "job-7"}
     [job] = jobset["spec"]["replicatedJobs"]
     job = job["template"]["spec"]
@@ -283,9 +306,14 @@ def test_slurm(name, tmp_path):
 
 def test_the_config_that_arrives_is_the_config_that_was_given(tmp_path):
     """From the arguments in the file, through the same door, the same typed config."""
-    given = ["--config=configs/train_tiny.py", "--config.mesh.fsdp=16", "--config.data.batch_size=32",
-             "--config.data.paths=a b/*.txt,c$HOME.txt", f"--config.decode.prompt={HARD[0]} {HARD[1]}",
-             "--config.workdir=gs://bucket/x"]  # fmt: skip
+    given = [
+        "--config=configs/train_tiny.py",
+        "--config.mesh.fsdp=16",
+        "--config.data.batch_size=32",
+        "--config.data.paths=a b/*.txt,c$HOME.txt",
+        f"--config.decode.prompt={HARD[0]} {HARD[1]}",
+        "--config.workdir=gs://bucket/x",
+    ]
     resolved = launch.resolve(["python3", "-m", "experiments.train", *given])
     assert resolved == launch.Command("experiments.train", tuple(given), "train_tiny", "gs://bucket/x", (1, 16, 1), 32)
     _, text = launch_targets.emit(resolved, "gcloud", launch.parse_slice("v5e:4x4"), launch_targets.Options())
@@ -296,8 +324,23 @@ def test_the_config_that_arrives_is_the_config_that_was_given(tmp_path):
     assert machine.calls("gcloud")[0][4] == "kvattn-train-train-tiny"
 
 
-@pytest.mark.parametrize("value", [*HARD, *HARDER, "a\nb\n", "a\n\n", "\n", " lead\n", "x: y\n- z\n#\n", "é\n", "t \n",
-                                   "a\r\nb\n", "x\x85y\n", "\tt\n"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        *HARD,
+        *HARDER,
+        "a\nb\n",
+        "a\n\n",
+        "\n",
+        " lead\n",
+        "x: y\n- z\n#\n",
+        "é\n",
+        "t \n",
+        "a\r\nb\n",
+        "x\x85y\n",
+        "\tt\n",
+    ],
+)
 def test_yaml_gives_strings_back(value):
     tree = {"a": [{"b": value, "c": [value, True, 3]}, value], "d": {"e": value}}
     assert yaml.safe_load(launch_targets.to_yaml(tree)) == tree
@@ -334,19 +377,26 @@ def test_combinations_that_cannot_run():
     refused("make its product 16 .*config.workdir is 'w'", "gke", "v5e:4x4", mesh=(2, 4, 1), workdir="w")
     refused("make its product 8", "gke", "v5e:2x4", mesh=(16, 1, 1))
     refused("multiple of mesh.data x mesh.fsdp = 16", "gke", "v5e:4x4", rows=24)
-    launch_targets.emit(command(launch.parse_slice("v5e:2x4"), [], workdir="w"), "gke",
-                        launch.parse_slice("v5e:2x4"), OPTIONS)  # fmt: skip
+    launch_targets.emit(
+        command(launch.parse_slice("v5e:2x4"), [], workdir="w"), "gke", launch.parse_slice("v5e:2x4"), OPTIONS
+    )
 
 
-@pytest.mark.parametrize(("words", "match"), [
-    ([], "no command"),
-    (["experiments.trian"], "nearest valid: experiments.train"),
-    (["experiments.launch"], "no experiment with a config"),
-    (["os"], "no experiment with a config"),
-    (["experiments.train", "--config=configs/nope.py"], "experiments.train: --config=configs/nope.py: no such file"),
-    (["experiments.train", "--config.model.n_k_heads=3"], "experiments.train: .*n_k_heads"),
-    (["experiments.train", "--help"], "prints text and runs nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ([], "no command"),
+        (["experiments.trian"], "nearest valid: experiments.train"),
+        (["experiments.launch"], "no experiment with a config"),
+        (["os"], "no experiment with a config"),
+        (
+            ["experiments.train", "--config=configs/nope.py"],
+            "experiments.train: --config=configs/nope.py: no such file",
+        ),
+        (["experiments.train", "--config.model.n_k_heads=3"], "experiments.train: .*n_k_heads"),
+        (["experiments.train", "--help"], "prints text and runs nothing"),
+    ],
+)
 def test_commands_that_do_not_resolve(words, match):
     with pytest.raises(UserError, match=match) as error:
         launch.resolve(words)
@@ -355,9 +405,13 @@ def test_commands_that_do_not_resolve(words, match):
 
 def test_where_the_command_starts():
     assert launch.split(["x", "--out=a", "--", "python", "-m", "e", "--", "b"]) == (
-        ["x", "--out=a"], ["python", "-m", "e", "--", "b"])  # fmt: skip
+        ["x", "--out=a"],
+        ["python", "-m", "e", "--", "b"],
+    )
     assert launch.split(["experiments.x", "--out=a", "experiments.e", "--b"]) == (
-        ["experiments.x", "--out=a"], ["experiments.e", "--b"])  # fmt: skip
+        ["experiments.x", "--out=a"],
+        ["experiments.e", "--b"],
+    )
     assert launch.split(["x", "--out=a"]) == (["x", "--out=a"], [])
 
 
@@ -366,9 +420,14 @@ TINY = ["experiments.train", "--config=configs/train_tiny.py"]
 
 def launcher(*args: str, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.launch", *args], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
+        [sys.executable, "-m", "experiments.launch", *args],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 def test_the_command_prints_or_writes_and_says_what_is_wrong(tmp_path):
@@ -386,8 +445,13 @@ def test_the_command_prints_or_writes_and_says_what_is_wrong(tmp_path):
     (tmp_path / "file").write_text("mine")
     started = {name: launcher(*line) for name, line in lines.items()}
     ended = {name: (*p.communicate(timeout=100), p.returncode) for name, p in started.items()}
-    wrong = {"file": "is a file", "config": "train.stepz is no field", "target": "nearest valid: gcloud",
-             "both": "leave out --target", "zero": "--processes=0; it takes 1"}  # fmt: skip
+    wrong = {
+        "file": "is a file",
+        "config": "train.stepz is no field",
+        "target": "nearest valid: gcloud",
+        "both": "leave out --target",
+        "zero": "--processes=0; it takes 1",
+    }
     for name, text in wrong.items():
         out, err, code = ended[name]
         assert (out, code) == ("", 2) and text in err and err.count("\n") == 1 and err.startswith("error: "), name

@@ -24,12 +24,28 @@ from tests.helpers.paths import ROOT
 BF16 = CacheConfig(dtype="bfloat16")
 
 
-def planned(name="palm-540b", chips=64, batch=64, phase="decode", weights="bfloat16", context=2048, chip="v4",
-            fields=None, **more):
+def planned(
+    name="palm-540b",
+    chips=64,
+    batch=64,
+    phase="decode",
+    weights="bfloat16",
+    context=2048,
+    chip="v4",
+    fields=None,
+    **more,
+):
     return plan.plan(
-        size(name, **fields or {}), BF16, chip=chip, chips=chips, batch=batch, context=context, phase=phase,
-        weights=weights, **more,
-    )  # fmt: skip
+        size(name, **fields or {}),
+        BF16,
+        chip=chip,
+        chips=chips,
+        batch=batch,
+        context=context,
+        phase=phase,
+        weights=weights,
+        **more,
+    )
 
 
 # --- the paper's choices -------------------------------------------------------------------------------
@@ -59,8 +75,9 @@ def test_the_papers_layout_is_picked(name, chips, batch, phase, weights, ffn, at
     layouts = [parse(f"{f}/{kv}") for f in FFN_LAYOUTS for kv in (HEAD, BATCH)]
     heads = {"n_heads": {"palm-540b": 64, "palm-62b": 32}[name]}  # the paper pads 540B's 48 for all of its runs
     for fields in (heads, {}):
-        p = planned(name, chips, batch, phase, weights, fields=fields, layouts=layouts,
-                    meshes=[plan.default_mesh(chips)])  # fmt: skip
+        p = planned(
+            name, chips, batch, phase, weights, fields=fields, layouts=layouts, meshes=[plan.default_mesh(chips)]
+        )
         assert p.best.layout.name == f"{ffn}/{attention}"
 
 
@@ -94,9 +111,16 @@ def test_one_long_sequence_is_split_by_context():
 
 def test_prefill_goes_from_stationary_to_gathered_with_tokens():
     """Section 7: more tokens gather over more axes (collectives in turn, 540B, 64 chips)."""
-    got = [planned(batch=b, phase="prefill", overlap="none", meshes=[(4, 4, 4)],
-                   layouts=[parse(f"{f}/{BATCH}") for f in FFN_LAYOUTS]).best.layout.ffn
-           for b in (64, 128, 512)]  # fmt: skip
+    got = [
+        planned(
+            batch=b,
+            phase="prefill",
+            overlap="none",
+            meshes=[(4, 4, 4)],
+            layouts=[parse(f"{f}/{BATCH}") for f in FFN_LAYOUTS],
+        ).best.layout.ffn
+        for b in (64, 128, 512)
+    ]
     assert got == sorted(got, key=FFN_LAYOUTS.index)
     small = planned(batch=64, context=128, phase="prefill", overlap="none", meshes=[(4, 4, 4)]).best.layout.ffn
     assert (small, got[-1]) == ("ws_2d", "wg_xy")
@@ -114,8 +138,10 @@ def test_workload_counts_every_parameter(name):
 
 def test_workload_reads_every_axis():
     cfg = tiny.CASES["mqa_cla2_pattern"]
-    got = [(layer.count, layer.owner, layer.visible, layer.slots, layer.k > 0)
-           for layer in plan.workload(cfg, CacheConfig(kinds=("by_mask",))).layers]  # fmt: skip
+    got = [
+        (layer.count, layer.owner, layer.visible, layer.slots, layer.k > 0)
+        for layer in plan.workload(cfg, CacheConfig(kinds=("by_mask",))).layers
+    ]
     assert got == [(1, True, 7, 7, True), (1, False, 7, 7, False), (1, True, 0, 0, True), (1, False, 0, 0, False)]
     assert plan.workload(tiny.config(residual="parallel_palm"), BF16).residual == "parallel"
     assert plan.workload(tiny.config(residual="serial"), BF16, weights="int8").weight_bytes == 1
@@ -156,9 +182,12 @@ def test_every_program_is_tried_once():
     p = plan.plan(cfg, BF16, chip="v4", chips=8, batch=8, context=64, phase="decode")
     met = [program(c.layout, c.mesh) for c in p.candidates]
     assert len(met) == len(set(met))
-    every = {program(layout, mesh) for layout in plan.all_layouts() for mesh in plan.factorisations(8)
-             if not any(a in layout.kv_heads and b not in layout.kv_heads
-                        for a, b in (("y", "z"), ("x", "y")))}  # fmt: skip
+    every = {
+        program(layout, mesh)
+        for layout in plan.all_layouts()
+        for mesh in plan.factorisations(8)
+        if not any(a in layout.kv_heads and b not in layout.kv_heads for a, b in (("y", "z"), ("x", "y")))
+    }
     assert set(met) == every
     assert not p.infeasible
 
@@ -195,8 +224,12 @@ def test_padded_heads_stay_a_multiple_of_the_kv_heads():
 def test_reasons_are_sentences():
     p = planned("llama3-70b", 64, 6, chip="v5e", context=2000, latency=0.0045)
     assert p.infeasible and all(c.reason.endswith(".") and "\n" not in c.reason for c in p.infeasible)
-    kinds = ("batch is 6, not divisible", "n_k_heads is 8, not divisible by the", "slots is 2000, not divisible",
-             "above the latency of 4.5 ms")  # fmt: skip
+    kinds = (
+        "batch is 6, not divisible",
+        "n_k_heads is 8, not divisible by the",
+        "slots is 2000, not divisible",
+        "above the latency of 4.5 ms",
+    )
     for kind in kinds:
         assert any(kind in c.reason for c in p.infeasible), kind
     assert all(c.seconds <= 0.0045 for c in p.feasible)
@@ -253,25 +286,29 @@ def test_a_plan_shows_itself():
     assert "needs 75.0 GiB a chip" in text and text.count("by_batch") >= 5
     row = planned(weights="int8").as_dict(1)["feasible"][0]
     assert row["seconds"]["none"] == pytest.approx(
-        row["compute_seconds"] + row["hbm_seconds"] + row["interconnect_seconds"])
+        row["compute_seconds"] + row["hbm_seconds"] + row["interconnect_seconds"]
+    )
     assert set(row["interconnect_bytes"]) == set(cost.PURPOSES)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"chip": "v9"}, "chip is 'v9'; choose one of v4"),
-    ({"phase": "train"}, "phase is 'train'; choose one of prefill, decode"),
-    ({"overlap": "half"}, "overlap is 'half'"),
-    ({"links": "some"}, "links is 'some'"),
-    ({"weights": "int4"}, "weights is 'int4'; choose one of bfloat16, int8"),
-    ({"kv": "int3"}, "kv is 'int3'; choose one of float32"),
-    ({"chips": 0}, "chips is 0"),
-    ({"batch": -1}, "batch is -1"),
-    ({"context": 0}, "context is 0"),
-    ({"tokens": 4096}, "tokens is 4096, more than the context of 2048"),
-    ({"latency": -1.0}, "latency is -1.0"),
-    ({"chip": "H100"}, "chips is 64, but the links of H100 join 8"),
-    ({"meshes": [(2, 4, 4)]}, "mesh is 2x4x4 = 32 chips, but chips is 64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"chip": "v9"}, "chip is 'v9'; choose one of v4"),
+        ({"phase": "train"}, "phase is 'train'; choose one of prefill, decode"),
+        ({"overlap": "half"}, "overlap is 'half'"),
+        ({"links": "some"}, "links is 'some'"),
+        ({"weights": "int4"}, "weights is 'int4'; choose one of bfloat16, int8"),
+        ({"kv": "int3"}, "kv is 'int3'; choose one of float32"),
+        ({"chips": 0}, "chips is 0"),
+        ({"batch": -1}, "batch is -1"),
+        ({"context": 0}, "context is 0"),
+        ({"tokens": 4096}, "tokens is 4096, more than the context of 2048"),
+        ({"latency": -1.0}, "latency is -1.0"),
+        ({"chip": "H100"}, "chips is 64, but the links of H100 join 8"),
+        ({"meshes": [(2, 4, 4)]}, "mesh is 2x4x4 = 32 chips, but chips is 64"),
+    ],
+)
 def test_refusals(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         planned(**changes)
@@ -316,12 +353,15 @@ def test_command_says_what_would_fit():
     assert done.stdout.splitlines()[-1].startswith("No layout fits. What would fit: batch 128 instead of 512, or")
 
 
-@pytest.mark.parametrize("flag, message", [
-    ("--size=palm-1b", "size is 'palm-1b'; choose one of"),
-    ("--slice=v4:4x4", "--slice=v4:4x4"),
-    ("--phase=both", "phase is 'both'; choose one of prefill, decode."),
-    ("--rows=0", "rows is 0; it must be at least 1."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--size=palm-1b", "size is 'palm-1b'; choose one of"),
+        ("--slice=v4:4x4", "--slice=v4:4x4"),
+        ("--phase=both", "phase is 'both'; choose one of prefill, decode."),
+        ("--rows=0", "rows is 0; it must be at least 1."),
+    ],
+)
 def test_command_refuses_in_one_line(flag, message):
     done = command(flag)
     assert done.returncode == 2 and done.stdout == ""

@@ -136,4 +136,3 @@ def test_constraints_pin_the_tested_jax_and_every_requirement():
         pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line[:1] != "#")
         assert pins["jax"] == pins["jaxlib"] == jax_version
         assert not {r.lower().replace("_", "-") for r in required} - set(pins)
-

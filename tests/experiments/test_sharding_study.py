@@ -32,21 +32,34 @@ from tests.helpers.tolerances import CLOSED_FORM, close
 BF16 = c.CacheConfig(dtype="bfloat16")
 # 8 chips: W 1000 -> 1024, N 6 -> 8.
 MQA = c.ModelConfig(
-    vocab_size=1000, d_model=256, n_layers=2, n_heads=6, n_k_heads=1, n_v_heads=1, head_dim=128, v_head_dim=128,
-    d_ff=1024, residual="parallel_palm", norm="layernorm",
-)  # fmt: skip
+    vocab_size=1000,
+    d_model=256,
+    n_layers=2,
+    n_heads=6,
+    n_k_heads=1,
+    n_v_heads=1,
+    head_dim=128,
+    v_head_dim=128,
+    d_ff=1024,
+    residual="parallel_palm",
+    norm="layernorm",
+)
 GQA = dataclasses.replace(MQA, n_k_heads=3, n_v_heads=3, residual="serial", norm="rmsnorm")
 LAYOUTS = ("ws_2d/by_batch:xyz", "ws_1d/replicated", "wg_xyz/by_batch:xyz")
 
 
 def experiment(workdir, model=MQA, **changes) -> c.Experiment:
     fields = {
-        "rows": (c.VariantConfig("mqa", model=model, cache=BF16),), "slices": ("v4:2x2x2",), "batches": (16,),
-        "contexts": (128,), "layouts": LAYOUTS, "meshes": ("default",), "compile": "none", "measure": False,
-    }  # fmt: skip
-    return c.Experiment(
-        name="tiny", workdir=str(workdir), sharding_study=c.ShardingStudyConfig(**fields | changes)
-    )
+        "rows": (c.VariantConfig("mqa", model=model, cache=BF16),),
+        "slices": ("v4:2x2x2",),
+        "batches": (16,),
+        "contexts": (128,),
+        "layouts": LAYOUTS,
+        "meshes": ("default",),
+        "compile": "none",
+        "measure": False,
+    }
+    return c.Experiment(name="tiny", workdir=str(workdir), sharding_study=c.ShardingStudyConfig(**fields | changes))
 
 
 def lines(workdir):
@@ -77,8 +90,9 @@ def test_predicted_is_the_cost_model_of_the_padded_model(done):
     work = plan.workload(padded, BF16)
     for r in rows:
         assert r["padded"] == ["W 1000 -> 1024", "N 6 -> 8"] and r["mesh"] == [2, 2, 2] and not r["reason"]
-        p = cost.predict(work, layouts.parse(r["layout"]), (2, 2, 2), "v4", phase="decode", batch=16, tokens=1,
-                         context=128)  # fmt: skip
+        p = cost.predict(
+            work, layouts.parse(r["layout"]), (2, 2, 2), "v4", phase="decode", batch=16, tokens=1, context=128
+        )
         assert r["seconds"] == {name: p.step_seconds(name) for name in cost.OVERLAPS}
         assert sum(r["memory_bytes"].values()) == p.memory_bytes
         assert r["interconnect_bytes"] == p.interconnect_bytes
@@ -227,12 +241,23 @@ def test_a_program_that_does_not_compile_is_a_row_and_the_study_goes_on(tmp_path
     assert sharding_study.run(cfg) == records
 
 
-@pytest.mark.parametrize("model, changes, reasons", [
-    (MQA, {"batches": (2,), "layouts": LAYOUTS[:1]}, {LAYOUTS[0]: "batch is 2, not divisible by the 8 chips of x.y.z"}),
-    (GQA, {"layouts": LAYOUTS[1:2]}, {LAYOUTS[1]: "model.n_heads is 6, not divisible by the 8 chips"}),
-    (MQA, {"layouts": ("ws_2d/by_head:z",)}, {"ws_2d/by_head:z": "model.n_k_heads is 1, not divisible by the 2 chips"}),
-    (size("palm-540b"), {"layouts": LAYOUTS[:1]}, {LAYOUTS[0]: "GiB a chip .* of v4's 32.0; take more chips"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, changes, reasons",
+    [
+        (
+            MQA,
+            {"batches": (2,), "layouts": LAYOUTS[:1]},
+            {LAYOUTS[0]: "batch is 2, not divisible by the 8 chips of x.y.z"},
+        ),
+        (GQA, {"layouts": LAYOUTS[1:2]}, {LAYOUTS[1]: "model.n_heads is 6, not divisible by the 8 chips"}),
+        (
+            MQA,
+            {"layouts": ("ws_2d/by_head:z",)},
+            {"ws_2d/by_head:z": "model.n_k_heads is 1, not divisible by the 2 chips"},
+        ),
+        (size("palm-540b"), {"layouts": LAYOUTS[:1]}, {LAYOUTS[0]: "GiB a chip .* of v4's 32.0; take more chips"}),
+    ],
+)
 def test_what_does_not_fit_is_a_row_with_its_reason(tmp_path, model, changes, reasons, capsys):
     records = sharding_study.run(experiment(tmp_path / "w", model=model, **changes))
     rows = of(records, "predicted")
@@ -247,16 +272,19 @@ def test_what_does_not_fit_is_a_row_with_its_reason(tmp_path, model, changes, re
     assert not (tmp_path / "w" / "frontier.png").exists()
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"slices": ("v9:2x2",)}, "sharding_study.slices has v9:2x2 names no chip"),
-    ({"slices": ("v4:3x2x2",)}, "v4:3x2x2"),
-    ({"meshes": ("2x2x4",)}, "2x2x4 = 16 chips but v4:2x2x2 has 8; make the product 8"),
-    ({"meshes": ("8",)}, "write it as XxYxZ"),
-    ({"layouts": ("ws_3d/replicated",)}, "layout is 'ws_3d'"),
-    ({"phases": ("prefill",), "tokens": (256,)}, "tokens has 256, above a context of 128"),
-    ({"batches": ()}, "asks nothing"),
-    ({"cells": (c.ShardingCellConfig(variant="mqq"),)}, "names row 'mqq'; rows are mqa"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"slices": ("v9:2x2",)}, "sharding_study.slices has v9:2x2 names no chip"),
+        ({"slices": ("v4:3x2x2",)}, "v4:3x2x2"),
+        ({"meshes": ("2x2x4",)}, "2x2x4 = 16 chips but v4:2x2x2 has 8; make the product 8"),
+        ({"meshes": ("8",)}, "write it as XxYxZ"),
+        ({"layouts": ("ws_3d/replicated",)}, "layout is 'ws_3d'"),
+        ({"phases": ("prefill",), "tokens": (256,)}, "tokens has 256, above a context of 128"),
+        ({"batches": ()}, "asks nothing"),
+        ({"cells": (c.ShardingCellConfig(variant="mqq"),)}, "names row 'mqq'; rows are mqa"),
+    ],
+)
 def test_bad_questions_are_one_sentence(tmp_path, changes, message):
     with pytest.raises((UserError, ShardingError)) as caught:
         sharding_study.run(experiment(tmp_path / "w", **changes))
@@ -264,20 +292,23 @@ def test_bad_questions_are_one_sentence(tmp_path, changes, message):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("changes, field", [
-    ({"compile": "some"}, "sharding_study.compile"),
-    ({"rank": "half"}, "sharding_study.rank"),
-    ({"overlap": "half"}, "sharding_study.overlap"),
-    ({"phases": ("train",)}, "sharding_study.phases"),
-    ({"weights": ("float32",)}, "sharding_study.weights"),
-    ({"batches": (0,)}, "sharding_study.batches"),
-    ({"contexts": (0,)}, "sharding_study.contexts"),
-    ({"timeout": 0.0}, "sharding_study.timeout"),
-    ({"rows": (c.VariantConfig("a"), c.VariantConfig("a"))}, "'a' twice"),
-    ({"rows": (c.VariantConfig("a", (c.ConvertConfig(kind="cla", factor=2),)),)}, "has convert"),
-    ({"rows": (c.VariantConfig("a", model=dataclasses.replace(MQA, n_k_heads=4)),)}, "model.n_k_heads"),
-    ({"cells": (c.ShardingCellConfig(tokens=4096),)}, "cells[0].tokens"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"compile": "some"}, "sharding_study.compile"),
+        ({"rank": "half"}, "sharding_study.rank"),
+        ({"overlap": "half"}, "sharding_study.overlap"),
+        ({"phases": ("train",)}, "sharding_study.phases"),
+        ({"weights": ("float32",)}, "sharding_study.weights"),
+        ({"batches": (0,)}, "sharding_study.batches"),
+        ({"contexts": (0,)}, "sharding_study.contexts"),
+        ({"timeout": 0.0}, "sharding_study.timeout"),
+        ({"rows": (c.VariantConfig("a"), c.VariantConfig("a"))}, "'a' twice"),
+        ({"rows": (c.VariantConfig("a", (c.ConvertConfig(kind="cla", factor=2),)),)}, "has convert"),
+        ({"rows": (c.VariantConfig("a", model=dataclasses.replace(MQA, n_k_heads=4)),)}, "model.n_k_heads"),
+        ({"cells": (c.ShardingCellConfig(tokens=4096),)}, "cells[0].tokens"),
+    ],
+)
 def test_illegal_configs_name_the_field(changes, field):
     with pytest.raises(UserError) as caught:
         c.from_config_dict(c.to_config_dict(experiment("w", **changes)))
@@ -293,16 +324,30 @@ def test_missing_libtpu_is_said_before_anything_is_written(tmp_path, monkeypatch
     assert of(sharding_study.run(experiment(tmp_path / "w")), "planned")  # to predict, it is not needed
 
 
-@pytest.mark.parametrize("flags, code, message", [
-    (["--slices=v4:9x9"], 2, "error: sharding_study.slices has v4:9x9"),
-    (["--compile=most"], 2, "error: sharding_study.compile is 'most'; choose one of none, best, all."),
-    (["--slices=v4:2x2x1", "--compile=none", "--nomeasure", "--batches=4", "--contexts=2048", "--variants=palm-8b"], 0,
-     "report, plots and results.jsonl are in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--slices=v4:9x9"], 2, "error: sharding_study.slices has v4:9x9"),
+        (["--compile=most"], 2, "error: sharding_study.compile is 'most'; choose one of none, best, all."),
+        (
+            [
+                "--slices=v4:2x2x1",
+                "--compile=none",
+                "--nomeasure",
+                "--batches=4",
+                "--contexts=2048",
+                "--variants=palm-8b",
+            ],
+            0,
+            "report, plots and results.jsonl are in",
+        ),
+    ],
+)
 def test_command(tmp_path, flags, code, message):
     argv = [sys.executable, "-m", "experiments.sharding_study", f"--workdir={tmp_path / 'w'}", *flags]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu"})  # fmt: skip
+    done = subprocess.run(
+        argv, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
     assert done.returncode == code, done.stderr
     text = done.stderr if code else done.stdout
     assert message in text and (not code or text.count("\n") == 1)
@@ -323,9 +368,18 @@ def test_padding_is_the_papers_and_says_so():
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_cuts_are_small_legal_and_keep_the_variant(name):
     cfg = SIZES[name]
-    job = {"model": dataclasses.asdict(cfg), "cache": dataclasses.asdict(BF16), "layout": "ws_2d/by_batch:xyz",
-           "phase": "decode", "batch": 512, "context": 2048, "tokens": 0, "weights": "bfloat16", "overlap": "none",
-           "mesh": [4, 4, 4]}  # fmt: skip
+    job = {
+        "model": dataclasses.asdict(cfg),
+        "cache": dataclasses.asdict(BF16),
+        "layout": "ws_2d/by_batch:xyz",
+        "phase": "decode",
+        "batch": 512,
+        "context": 2048,
+        "tokens": 0,
+        "weights": "bfloat16",
+        "overlap": "none",
+        "mesh": [4, 4, 4],
+    }
     small, mesh = sharded_jobs.cut(json.loads(json.dumps(job)))
     got = c.from_config_dict(small["model"], c.ModelConfig)
     assert mesh == (2, 2, 2) and small["batch"] == 16 and got.n_heads % 8 == 0
@@ -334,15 +388,28 @@ def test_cuts_are_small_legal_and_keep_the_variant(name):
         assert (getattr(got, one) == got.n_heads) == (getattr(cfg, one) == cfg.n_heads)
     assert (got.owners != tuple(range(got.n_layers))) == (cfg.owners != tuple(range(cfg.n_layers)))
     assert (got.mlp, got.residual, got.norm, got.tied_embeddings) == (
-        cfg.mlp, cfg.residual, cfg.norm, cfg.tied_embeddings)  # fmt: skip
+        cfg.mlp,
+        cfg.residual,
+        cfg.norm,
+        cfg.tied_embeddings,
+    )
     assert sum(leaf.size for leaf in jax.tree.leaves(weights.abstract(got, "bfloat16"))) < 5e6
 
 
-@pytest.mark.parametrize("mesh, want", [((1, 8, 8), (1, 2, 4)), ((1, 1, 64), (1, 1, 8)), ((8, 2, 4), (2, 2, 2)),
-                                        ((2, 2, 1), (2, 2, 1))])  # fmt: skip
+@pytest.mark.parametrize(
+    "mesh, want", [((1, 8, 8), (1, 2, 4)), ((1, 1, 64), (1, 1, 8)), ((8, 2, 4), (2, 2, 2)), ((2, 2, 1), (2, 2, 1))]
+)
 def test_cut_meshes_have_at_most_eight_devices_and_no_new_axis(mesh, want):
-    job = {"model": dataclasses.asdict(MQA), "cache": dataclasses.asdict(BF16), "layout": "ws_1d/replicated",
-           "phase": "decode", "batch": 3, "weights": "int8", "overlap": "none", "mesh": mesh}  # fmt: skip
+    job = {
+        "model": dataclasses.asdict(MQA),
+        "cache": dataclasses.asdict(BF16),
+        "layout": "ws_1d/replicated",
+        "phase": "decode",
+        "batch": 3,
+        "weights": "int8",
+        "overlap": "none",
+        "mesh": mesh,
+    }
     small, got = sharded_jobs.cut(job)
     assert all(a <= b for a, b in zip(got, mesh)) and got == want and small["batch"] == 3
 
@@ -350,8 +417,16 @@ def test_cut_meshes_have_at_most_eight_devices_and_no_new_axis(mesh, want):
 def test_the_cut_that_runs_wrong_shows(monkeypatch):
     """The error of a measurement is that of the sharded program: a wrong program does not pass for a right one."""
     model = dataclasses.asdict(dataclasses.replace(MQA, n_layers=1))
-    job = {"model": model, "cache": dataclasses.asdict(BF16), "layout": LAYOUTS[0], "batch": 16, "phase": "decode",
-           "weights": "int8", "overlap": "none", "mesh": [2, 2, 2]}  # fmt: skip
+    job = {
+        "model": model,
+        "cache": dataclasses.asdict(BF16),
+        "layout": LAYOUTS[0],
+        "batch": 16,
+        "phase": "decode",
+        "weights": "int8",
+        "overlap": "none",
+        "mesh": [2, 2, 2],
+    }
     assert sharded_jobs.measure_cut(job)["worst"] < 3e-2  # bf16 activations
     real = sharded.build
 
@@ -366,8 +441,16 @@ def test_the_cut_that_runs_wrong_shows(monkeypatch):
 @pytest.mark.parametrize("model, layout", [(MQA, LAYOUTS[2]), (GQA, "ws_2d/by_head:z+by_batch:xy")])
 def test_the_cut_of_a_prefill_equals_the_unsharded_model(model, layout):
     model = dataclasses.replace(model, n_layers=3, n_k_heads=2 * (model is GQA) or 1, n_v_heads=2 * (model is GQA) or 1)
-    job = {"model": dataclasses.asdict(model), "cache": dataclasses.asdict(BF16), "layout": layout, "batch": 16,
-           "phase": "prefill", "weights": "bfloat16", "overlap": "none", "mesh": [2, 2, 2]}  # fmt: skip
+    job = {
+        "model": dataclasses.asdict(model),
+        "cache": dataclasses.asdict(BF16),
+        "layout": layout,
+        "batch": 16,
+        "phase": "prefill",
+        "weights": "bfloat16",
+        "overlap": "none",
+        "mesh": [2, 2, 2],
+    }
     got = sharded_jobs.measure_cut(job)
     assert got["worst"] < 1e-5 and got["context"] == sharded_jobs.CUT_CONTEXT
 
@@ -391,8 +474,16 @@ def test_context_lines_end_where_memory_does():
     assert set(found) == {"replicated", "by_batch:z", "by_batch:yz", "by_batch:xyz", "by_seq:xyz"}
     for name, (xs, ys) in found.items():
         last, over = (
-            cost.predict(work, layouts.parse(f"ws_2d/{name}"), (2, 2, 2), "v4", phase="decode", batch=64, tokens=1,
-                         context=length)
+            cost.predict(
+                work,
+                layouts.parse(f"ws_2d/{name}"),
+                (2, 2, 2),
+                "v4",
+                phase="decode",
+                batch=64,
+                tokens=1,
+                context=length,
+            )
             for length in (xs[-1], 2 * xs[-1])
-        )  # fmt: skip
+        )
         assert last.memory_bytes <= last.chip.hbm_bytes < over.memory_bytes and last.step_seconds() == ys[-1]

@@ -185,10 +185,13 @@ def test_rows_from_scratch_are_trained_on_equal_tokens(text, tmp_path):
         c.VariantConfig("mqa", model=dataclasses.replace(MODEL, n_k_heads=1, n_v_heads=1)),
     )
     cfg = experiment(
-        text, tmp_path / "w", checkpoint=c.CheckpointConfig(), study=c.StudyConfig(rows=rows, decode_tokens=5),
+        text,
+        tmp_path / "w",
+        checkpoint=c.CheckpointConfig(),
+        study=c.StudyConfig(rows=rows, decode_tokens=5),
         data=c.DataConfig(source="text_files", paths=(text,), batch_size=4, seq_len=24, tokenizer="bytes"),
         train=c.TrainConfig(steps=2, log_every=1, checkpoint_every=1),
-    )  # fmt: skip
+    )
     records = study.run(cfg)
     assert [(r["phase"], r["row"]) for r in records[1:]] == [("after", "mha"), ("after", "mqa")]
     assert {r["train_tokens"] for r in records[1:]} == {2 * 4 * 24}
@@ -222,12 +225,21 @@ def test_paired_errors_are_of_the_difference():
 
 def test_labels_cover_neither_marks_nor_each_other(tmp_path, monkeypatch):
     """Seven rows as the study makes them, two pairs of equal size: the drawn boxes are pairwise apart."""
-    sizes = {"base": (46080, 3.2, 2.9), "mqa": (15360, 7.6, 4.7), "cla2": (23040, 6.9, 4.4), "cla3": (15360, 7.5, 4.75),
-             "mlkv": (5120, 10.4, 5.9), "mqa_cla2": (7680, 9.3, 5.6), "window_sinks": (23280, 3.22, 2.95)}  # fmt: skip
+    sizes = {
+        "base": (46080, 3.2, 2.9),
+        "mqa": (15360, 7.6, 4.7),
+        "cla2": (23040, 6.9, 4.4),
+        "cla3": (15360, 7.5, 4.75),
+        "mlkv": (5120, 10.4, 5.9),
+        "mqa_cla2": (7680, 9.3, 5.6),
+        "window_sinks": (23280, 3.22, 2.95),
+    }
     rows = []
     for name, (size, before, after) in sizes.items():
-        phases = {p: {"nll": y, "stderr": 0.05, "kv_bytes_per_token_at_context": size} for p, y in
-                  (("before", before), ("after", after))}  # fmt: skip
+        phases = {
+            p: {"nll": y, "stderr": 0.05, "kv_bytes_per_token_at_context": size}
+            for p, y in (("before", before), ("after", after))
+        }
         rows.append({"name": name, **phases, "last": phases["after"]})
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))

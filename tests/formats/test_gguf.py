@@ -26,7 +26,7 @@ from tests.helpers import gguf_builder as build
 from tests.helpers.paths import ROOT
 from tests.helpers.tolerances import EXACT, HF_TINY, close
 
-GOLDEN = ROOT / 'tests' / 'golden' / "smollm2_weights.json"
+GOLDEN = ROOT / "tests" / "golden" / "smollm2_weights.json"
 KINDS = sorted(gguf_file.BLOCKS)
 
 
@@ -251,8 +251,13 @@ def test_rope_keys(tmp_path):
     linear = RopeConfig(theta=100.0, scaling="linear", factor=3.0)
     assert rope(scaling__type="linear", scaling__factor=3.0) == linear == rope(scale_linear=3.0)
     assert rope(scaling__type="none") == RopeConfig(theta=100.0)
-    got = rope(scaling__type="yarn", scaling__factor=4.0, scaling__original_context_length=64, scaling__attn_factor=2.0,
-               scaling__yarn_beta_fast=16.0)  # fmt: skip
+    got = rope(
+        scaling__type="yarn",
+        scaling__factor=4.0,
+        scaling__original_context_length=64,
+        scaling__attn_factor=2.0,
+        scaling__yarn_beta_fast=16.0,
+    )
     assert (got.scaling, got.factor, got.original_length, got.beta_fast, got.beta_slow) == ("yarn", 4.0, 64, 16.0, 1.0)
     assert got.attention_factor == pytest.approx(2 * (0.1 * np.log(4.0) + 1))
     refused(saved(tmp_path, rope__scaling__type="longrope"), "rope.scaling.type", "longrope")
@@ -422,9 +427,12 @@ def test_the_unmutated_file_is_read(whole, tmp_path):
 
 
 SETTINGS = hypothesis.settings(
-    max_examples=500, deadline=None, derandomize=True, database=None,
+    max_examples=500,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 
 
 @SETTINGS

@@ -19,7 +19,7 @@ from tests.helpers.models import run, tokens_of
 from tests.helpers.paths import ROOT
 from tests.helpers.tolerances import EXACT, F32_MODEL, HF_TINY, close
 
-GOLDEN = ROOT / 'tests' / 'golden' / "hf"
+GOLDEN = ROOT / "tests" / "golden" / "hf"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 PROMPT = 11
 KINDS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "olmo2", "gpt_neox"}
@@ -162,8 +162,10 @@ PUBLISHED = {
     ),
     "gemma-3-4b (text)": (
         {"model_type": "gemma3", "vision_config": {"hidden_size": 1152}, "architectures": ["Gemma3"]}
-        | {"text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text"}
-           | {"num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}},
+        | {
+            "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text"}
+            | {"num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+        },
         3_880_263_168,
         {"masks": (MaskConfig(window=1024),) * 5 + (MaskConfig(),), "vocab_size": 262208}
         | {"ropes": (RopeConfig(1e4),) * 5 + (RopeConfig(1e6, scaling="linear", factor=8.0),), "qk_norm": "head"},
@@ -324,13 +326,37 @@ def test_every_field_of_the_model_matters_to_an_export():
     base = square(d_model=60)
     _, plain = hf.choose(base)
     changes = {
-        "vocab_size": 67, "d_model": 66, "n_layers": 5, "n_heads": 12, "n_k_heads": 6, "n_v_heads": 6, "head_dim": 12,
-        "v_head_dim": 12, "d_ff": 41, "max_length": 99, "variant": "x", "kv_source": (0, 0), "kv_norm": True,
-        "masks": (MaskConfig(4),), "ropes": (RopeConfig(7.0),), "attn_scale": 0.3, "attn_soft_cap": 2.0,
-        "qk_norm": "head", "qkv_bias": True, "o_bias": True, "norm": "layernorm", "norm_eps": 1e-3, "norm_offset": 1.0,
-        "norm_placement": "post", "residual": "parallel_neox", "mlp": "geglu", "mlp_bias": True,
-        "tied_embeddings": False, "embed_scale": 2.0, "logit_soft_cap": 3.0,
-    }  # fmt: skip
+        "vocab_size": 67,
+        "d_model": 66,
+        "n_layers": 5,
+        "n_heads": 12,
+        "n_k_heads": 6,
+        "n_v_heads": 6,
+        "head_dim": 12,
+        "v_head_dim": 12,
+        "d_ff": 41,
+        "max_length": 99,
+        "variant": "x",
+        "kv_source": (0, 0),
+        "kv_norm": True,
+        "masks": (MaskConfig(4),),
+        "ropes": (RopeConfig(7.0),),
+        "attn_scale": 0.3,
+        "attn_soft_cap": 2.0,
+        "qk_norm": "head",
+        "qkv_bias": True,
+        "o_bias": True,
+        "norm": "layernorm",
+        "norm_eps": 1e-3,
+        "norm_offset": 1.0,
+        "norm_placement": "post",
+        "residual": "parallel_neox",
+        "mlp": "geglu",
+        "mlp_bias": True,
+        "tied_embeddings": False,
+        "embed_scale": 2.0,
+        "logit_soft_cap": 3.0,
+    }
     execution = {"kernel", "decode_kernel", "scan_layers", "remat", "tied_kv"}  # tied_kv: as V = K, tested above
     assert set(changes) | execution == {field.name for field in dataclasses.fields(ModelConfig)}
     for field, value in changes.items():

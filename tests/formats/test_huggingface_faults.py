@@ -18,7 +18,7 @@ from kvattn.formats import huggingface as hf
 from kvattn.formats import safetensors_io as st
 from tests.helpers.paths import ROOT
 
-GOLDEN = ROOT / 'tests' / 'golden' / "hf"
+GOLDEN = ROOT / "tests" / "golden" / "hf"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
@@ -359,8 +359,17 @@ def test_arbitrary_bytes_as_weights(scratch, raw):
 
 def wide_model(tmp_path):
     """A directory of 16 equal layers, 12 MB in float16, and its path."""
-    cfg = ModelConfig(vocab_size=97, d_model=96, n_layers=16, n_heads=4, n_k_heads=4, n_v_heads=4, head_dim=24,
-                      v_head_dim=24, d_ff=1152)  # fmt: skip
+    cfg = ModelConfig(
+        vocab_size=97,
+        d_model=96,
+        n_layers=16,
+        n_heads=4,
+        n_k_heads=4,
+        n_v_heads=4,
+        head_dim=24,
+        v_head_dim=24,
+        d_ff=1152,
+    )
     from kvattn import model, spec
 
     draw = np.random.default_rng(7).standard_normal

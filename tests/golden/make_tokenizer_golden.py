@@ -81,8 +81,7 @@ def sentencepiece_vocabulary() -> tuple[list[str], list[float], list[int]]:
     trained = Tokenizer(models.BPE())
     text = "".join(c for c in CORPUS.replace(" ", "▁") if c < "\u0180" or c == "▁")  # the rest falls back to bytes
     trained.train_from_iterator(
-        [text[i : i + 40] for i in range(0, len(text), 40)],
-        trainers.BpeTrainer(vocab_size=300, show_progress=False),
+        [text[i : i + 40] for i in range(0, len(text), 40)], trainers.BpeTrainer(vocab_size=300, show_progress=False)
     )
     model = json.loads(trained.to_str())["model"]
     merged = ["".join(pair) for pair in model["merges"]]

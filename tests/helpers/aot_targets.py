@@ -126,12 +126,12 @@ def decode_floor(mesh, *, model, cache, layout, batch, context, weights):
 
 
 def decode_loop(mesh, *, model: dict, cache: dict, batch: int, capacity: int):
-    """`kvattn.decode.generate.advance` on one chip: the whole loop over tokens, its state donated."""
+    """`kvattn.decode.generation.advance` on one chip: the whole loop over tokens, its state donated."""
     from kvattn import cache as caches
     from kvattn import config
     from kvattn import model as model_lib
     from kvattn.attention import target
-    from kvattn.decode import generate as decode
+    from kvattn.decode import generation as decode
 
     cfg = config.from_config_dict(model, config.ModelConfig)
     held = caches.specs(cfg, config.from_config_dict(cache, config.CacheConfig), batch, capacity)
@@ -143,15 +143,14 @@ def decode_loop(mesh, *, model: dict, cache: dict, batch: int, capacity: int):
         with target.of(mesh.devices.flat[0].platform):
             return decode.advance(params, cfg, state, sampler, eos, until)
 
-    args = jax.tree.map(
-        lambda s: abstract(mesh, s.shape, dtype=s.dtype), (params, state, sampler, eos, until))
+    args = jax.tree.map(lambda s: abstract(mesh, s.shape, dtype=s.dtype), (params, state, sampler, eos, until))
     return Program(fn, args, donate_argnums=(1,))
 
 
 def loop_state(caches, batch: int):
     """(decode.State, sampler) of a batch in the middle of greedy decoding."""
     from kvattn.config import DecodeConfig
-    from kvattn.decode import generate as decode
+    from kvattn.decode import generation as decode
     from kvattn.decode import sampling
 
     row = jnp.zeros((batch,), jnp.int32)

@@ -14,9 +14,20 @@ from kvattn.config import ModelConfig, RopeConfig
 
 # D, N, K, H, V, F, L, W; D and F are multiples of no quantisation block on purpose
 SMALL = ModelConfig(
-    vocab_size=71, d_model=28, n_layers=3, n_heads=6, n_k_heads=3, n_v_heads=3, head_dim=10, v_head_dim=14, d_ff=37,
-    max_length=128, ropes=(RopeConfig(theta=100.0),), tied_embeddings=False, norm_eps=0.5,
-)  # fmt: skip
+    vocab_size=71,
+    d_model=28,
+    n_layers=3,
+    n_heads=6,
+    n_k_heads=3,
+    n_v_heads=3,
+    head_dim=10,
+    v_head_dim=14,
+    d_ff=37,
+    max_length=128,
+    ropes=(RopeConfig(theta=100.0),),
+    tied_embeddings=False,
+    norm_eps=0.5,
+)
 
 
 def permute(weights: np.ndarray, heads: int) -> np.ndarray:

@@ -67,14 +67,16 @@ CASES: dict[str, Case] = {
     "int8_lanes": Case(store="int8", k_lanes=True, v_lanes=True, key_dim=64, value_dim=64),
     "latent": Case(heads=16, k_heads=1, v_heads=1, key_dim=576, value_dim=512, view=True, lengths=(256, 131)),
     "latent_tokens": Case(
-        heads=16, k_heads=1, v_heads=1, key_dim=576, value_dim=512, view=True, tokens=2, lengths=(200, 5)),
+        heads=16, k_heads=1, v_heads=1, key_dim=576, value_dim=512, view=True, tokens=2, lengths=(200, 5)
+    ),
     "paged": Case(page=64),
     "paged_window": Case(page=64, window=70, sinks=5, lengths=(256, 230, 40)),
     "paged_int8": Case(page=64, store="int8", v_lanes=True),
     "paged_int4": Case(page=64, store="int4", v_lanes=True),
     "paged_fp8": Case(page=64, store="float8_e4m3fn", v_lanes=True, dtype="float16"),
     "paged_latent": Case(
-        page=64, heads=16, k_heads=1, v_heads=1, key_dim=576, value_dim=512, view=True, lengths=(256, 131)),
+        page=64, heads=16, k_heads=1, v_heads=1, key_dim=576, value_dim=512, view=True, lengths=(256, 131)
+    ),
     "paged_128": Case(page=128),
     "paged_16": Case(page=16),
 }
@@ -127,13 +129,15 @@ def _paged(case: Case, k: Leaf, v: Leaf | None, rng):
 
         def cut(x, axis):
             x = np.asarray(x)
-            pages = np.stack(np.split(x, each, axis), 1).reshape(batch * each, *x.shape[1:axis], case.page,
-                                                                 *x.shape[axis + 1 :])
+            pages = np.stack(np.split(x, each, axis), 1).reshape(
+                batch * each, *x.shape[1:axis], case.page, *x.shape[axis + 1 :]
+            )
             out = np.full((batch * each + 3, *pages.shape[1:]), 1, x.dtype)
             out[order] = pages
             return jnp.asarray(out)
 
-        return Leaf(cut(leaf.values, 3 if leaf.lanes else 2), None if leaf.scale is None else cut(leaf.scale, 2),
-                    leaf.lanes)
+        return Leaf(
+            cut(leaf.values, 3 if leaf.lanes else 2), None if leaf.scale is None else cut(leaf.scale, 2), leaf.lanes
+        )
 
     return pool(k), pool(v), jnp.asarray(table)

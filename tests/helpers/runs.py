@@ -49,8 +49,12 @@ def launch(line: list[str], *, wrapper: tuple[str, ...] = (), devices: int = 1, 
     variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [*wrapper, sys.executable, "-m", "experiments.train", *line],
-        cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def until_step(process: subprocess.Popen, step: int) -> None:

@@ -58,9 +58,7 @@ CASES: dict[str, ModelConfig] = {
     # attention details
     "partial_rotary": config(ropes=(RopeConfig(theta=100.0, dim=4),)),
     "rope_linear": config(ropes=(RopeConfig(theta=100.0, scaling="linear", factor=3.0),)),
-    "rope_llama3": config(
-        ropes=(RopeConfig(theta=100.0, scaling="llama3", factor=8.0, original_length=32),)
-    ),
+    "rope_llama3": config(ropes=(RopeConfig(theta=100.0, scaling="llama3", factor=8.0, original_length=32),)),
     "rope_yarn": config(ropes=(RopeConfig(theta=100.0, scaling="yarn", factor=4.0, original_length=32),)),
     "rope_pattern": config(ropes=(RopeConfig(theta=100.0), None)),
     "qk_norm_head": config(qk_norm="head"),

@@ -82,15 +82,22 @@ def test_no_slot_beyond_a_rows_length_is_seen():
         held[b, :, length:] = 7
     other = jax.tree.map(lambda x: x, kv)
     object.__setattr__(other, "k", type(kv.k)(jnp.asarray(held)))
-    close(reference.decode_attention(q, other, positions, options).out,
-          reference.decode_attention(q, kv, positions, options).out, EXACT, "out")
+    close(
+        reference.decode_attention(q, other, positions, options).out,
+        reference.decode_attention(q, kv, positions, options).out,
+        EXACT,
+        "out",
+    )
 
 
-@pytest.mark.parametrize("change,words", [
-    (dict(heads=6, k_heads=4), "do not divide"),
-    (dict(key_dim=96, view=True, value_dim=97), "v_dim is 97"),
-    (dict(page=64, ring=50, window=50), "ring has no pages"),
-])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (dict(heads=6, k_heads=4), "do not divide"),
+        (dict(key_dim=96, view=True, value_dim=97), "v_dim is 97"),
+        (dict(page=64, ring=50, window=50), "ring has no pages"),
+    ],
+)
 def test_what_fits_no_contract_raises(change, words):
     q, kv, positions, options = kernel_cases.build(kernel_cases.Case(**change))
     with pytest.raises(KernelError, match=words):

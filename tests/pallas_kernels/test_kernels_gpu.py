@@ -29,8 +29,9 @@ CASES = {
     "many_tiles": Case(slots=1024, lengths=(1024, 900, 5), heads=4, k_heads=1, v_heads=1),
     "many_tiles_64": Case(slots=1024, lengths=(1024, 900, 5), heads=3, k_heads=1, v_heads=1, key_dim=64, value_dim=64),
     "pages_of_128": Case(slots=1024, page=128, lengths=(1000, 130, 1), heads=4, k_heads=1, v_heads=1),
-    "window_far": Case(slots=1024, window=130, sinks=70, lengths=(1024, 900, 70), tokens=3, heads=4, k_heads=1,
-                       v_heads=1),
+    "window_far": Case(
+        slots=1024, window=130, sinks=70, lengths=(1024, 900, 70), tokens=3, heads=4, k_heads=1, v_heads=1
+    ),
     "no_keys": Case(lengths=(0, 256, 0), padded_row=False),
     "rows_130": Case(heads=65, k_heads=1, v_heads=1, tokens=2, lengths=(250, 2)),
     "rows_130_splits": Case(heads=65, k_heads=1, v_heads=1, tokens=2, lengths=(250, 2), splits=2),
@@ -60,8 +61,13 @@ def test_kernel_equals_the_loops_at_larger_sizes(name):
 # --- which worker takes what --------------------------------------------------------------------------------------
 
 COUNTS = {
-    "uneven": ([5, 0, 17, 1], 3, 7), "equal": ([8, 8, 8], 2, 6), "one_row": ([9], 1, 4), "few_steps": ([1, 1], 1, 5),
-    "none": ([0, 0], 2, 3), "zeros_at_the_ends": ([0, 3, 0, 0, 4, 0], 2, 5), "more_workers": ([2, 3], 1, 132),
+    "uneven": ([5, 0, 17, 1], 3, 7),
+    "equal": ([8, 8, 8], 2, 6),
+    "one_row": ([9], 1, 4),
+    "few_steps": ([1, 1], 1, 5),
+    "none": ([0, 0], 2, 3),
+    "zeros_at_the_ends": ([0, 3, 0, 0, 4, 0], 2, 5),
+    "more_workers": ([2, 3], 1, 132),
 }
 
 
@@ -129,8 +135,9 @@ def test_merged_slots_equal_one_softmax(name, turns, width, rng):
     def where(table, b, j):
         return schedule.slots_of(b, j, table[b, 0], table[b, 1], table[b, 2], groups, workers)
 
-    got = schedule.merge(jnp.asarray(acc), jnp.asarray(top), jnp.asarray(total), table, where,
-                         (len(count), 1, groups, groups), True)
+    got = schedule.merge(
+        jnp.asarray(acc), jnp.asarray(top), jnp.asarray(total), table, where, (len(count), 1, groups, groups), True
+    )
     for row in range(rows):
         b, j = divmod(row, groups)
         n = count[b]
@@ -145,15 +152,18 @@ def test_merged_slots_equal_one_softmax(name, turns, width, rng):
 
 
 @needs_gpu_jax
-@pytest.mark.parametrize("change,words", [
-    (dict(dtype="float32"), "q, K and V are float32"),
-    (dict(slots=96, lengths=(90,)), "96 slots are not a multiple of 64"),
-    (dict(page=32), "pages hold 32 tokens"),
-    (dict(key_dim=96), "head dims are 96 and 128"),
-    (dict(heads=513, k_heads=1, v_heads=1), "513 query rows share a K head; at most 512"),
-    (dict(LATENT, key_dim=640), "K has head dim 640"),
-    (dict(LATENT, value_dim=448), "V is the first 448 columns"),
-])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (dict(dtype="float32"), "q, K and V are float32"),
+        (dict(slots=96, lengths=(90,)), "96 slots are not a multiple of 64"),
+        (dict(page=32), "pages hold 32 tokens"),
+        (dict(key_dim=96), "head dims are 96 and 128"),
+        (dict(heads=513, k_heads=1, v_heads=1), "513 query rows share a K head; at most 512"),
+        (dict(LATENT, key_dim=640), "K has head dim 640"),
+        (dict(LATENT, value_dim=448), "V is the first 448 columns"),
+    ],
+)
 def test_what_the_kernels_cannot_serve_raises(change, words):
     q, kv, positions, options = kernel_cases.build(Case(**change))
     with pytest.raises(KernelError, match=f"kernel mosaic_gpu cannot serve this: {words}.*xla can"):
@@ -188,15 +198,27 @@ class Real:
 
     def arguments(self):
         """(q, kv, positions) of jax.ShapeDtypeStruct."""
+
         def leaf(dim):
-            rows = (self.batch * self.slots // self.page, self.k_heads, self.page) if self.page else (
-                self.batch, self.k_heads, self.slots)
+            rows = (
+                (self.batch * self.slots // self.page, self.k_heads, self.page)
+                if self.page
+                else (self.batch, self.k_heads, self.slots)
+            )
             return Leaf(aot.abstract(*rows, dim, dtype=self.dtype))
 
         table = aot.abstract(self.batch, self.slots // self.page, dtype="int32") if self.page else None
         v, length = None if self.view else leaf(self.value_dim), aot.abstract(self.batch, dtype="int32")
-        kv = KV(leaf(self.key_dim), v, length, table, None, self.value_dim if self.view else 0, self.ring,
-                4 if self.ring else 0)
+        kv = KV(
+            leaf(self.key_dim),
+            v,
+            length,
+            table,
+            None,
+            self.value_dim if self.view else 0,
+            self.ring,
+            4 if self.ring else 0,
+        )
         q = aot.abstract(self.batch, self.tokens, self.heads, self.key_dim, dtype=self.dtype)
         return q, kv, aot.abstract(self.batch, self.tokens, dtype="int32")
 
@@ -247,7 +269,8 @@ def test_compiled_for_an_h200_nothing_spills_and_no_cache_is_moved(name):
     plan = (latent if case.view else dense).plan_of(p, kv, False)
     threads = 128 * ((latent.HALVES if case.view else plan.turns) + 1)
     report = aot.compile_report(
-        lambda *args: decode_attention(*args, case.options, backend="mosaic_gpu"), q, kv, positions)
+        lambda *args: decode_attention(*args, case.options, backend="mosaic_gpu"), q, kv, positions
+    )
     assert len(report.kernels) == 2  # the second merges
     assert report.spill_bytes == 0 and report.kernels[0].stack_bytes == 0
     assert report.registers * threads <= aot.REGISTERS
@@ -273,8 +296,10 @@ def test_a_step_that_writes_and_reads_donated_caches_copies_nothing():
         held = []
         for k, v in cache:
             new = q[:, 0, :: case.heads // case.k_heads, None]  # [B,K,1,H]
-            k, v = (jax.vmap(lambda x, row, at: lax.dynamic_update_slice(x, row, (0, at, 0)))(x, new, length)
-                    for x in (k, v))
+            k, v = (
+                jax.vmap(lambda x, row, at: lax.dynamic_update_slice(x, row, (0, at, 0)))(x, new, length)
+                for x in (k, v)
+            )
             now = KV(Leaf(k), Leaf(v), length + 1)
             part = decode_attention(q, now, length[:, None], case.options, backend="mosaic_gpu")
             q = part.out.astype(q.dtype)

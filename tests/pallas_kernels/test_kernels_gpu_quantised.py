@@ -41,8 +41,9 @@ CASES = {
     "int4_width_64": Case(**INT4, key_dim=64, value_dim=64, slots=384, lengths=(384, 100)),
     "int4_pages_odd": Case(**INT4, page=64, slots=192, lengths=(192, 100)),
     "int4_rows_20": Case(**INT4, heads=20, k_heads=1, v_heads=1, lengths=(250, 64)),
-    "int4_soft_cap_ring": Case(**INT4, ring=100, ring_sinks=3, window=100, sinks=3, slots=128, lengths=(251, 77, 1),
-                               soft_cap=2.0),
+    "int4_soft_cap_ring": Case(
+        **INT4, ring=100, ring_sinks=3, window=100, sinks=3, slots=128, lengths=(251, 77, 1), soft_cap=2.0
+    ),
     "int4_second_half": Case(**INT4, start=256, lengths=(500, 257, 3)),
     "int4_pages_128": Case(**INT4, page=128, slots=512, lengths=(500, 130, 1)),
     "fp8_long": Case(**FP8, slots=1024, lengths=(1024, 900, 5), splits=3),
@@ -110,16 +111,19 @@ def test_a_store_without_scales(name):
     close(got.sum, want.sum, KERNEL_STATS, "sum")
 
 
-@pytest.mark.parametrize("change,words", [
-    (dict(v_lanes=False), r"V as \[B,heads,V,S\] \(v_lanes=True\)"),
-    (dict(k_lanes=True), r"K as \[B,heads,S,H\] \(k_lanes=False\)"),
-    (dict(dtype="float32"), "use bfloat16 or float16"),
-    (dict(key_dim=96), "head dims are 96 and 128"),
-    (dict(page=16), "pages hold 16 tokens"),
-    (dict(slots=240), "240 slots"),
-    (dict(store="int4", slots=192), "192 slots of int4 are not a multiple of 128"),
-    (dict(store=""), "both must be one of int8, int4, float8_e4m3fn"),
-])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (dict(v_lanes=False), r"V as \[B,heads,V,S\] \(v_lanes=True\)"),
+        (dict(k_lanes=True), r"K as \[B,heads,S,H\] \(k_lanes=False\)"),
+        (dict(dtype="float32"), "use bfloat16 or float16"),
+        (dict(key_dim=96), "head dims are 96 and 128"),
+        (dict(page=16), "pages hold 16 tokens"),
+        (dict(slots=240), "240 slots"),
+        (dict(store="int4", slots=192), "192 slots of int4 are not a multiple of 128"),
+        (dict(store=""), "both must be one of int8, int4, float8_e4m3fn"),
+    ],
+)
 def test_what_it_cannot_serve_it_says(change, words):
     q, kv, _, options = kernel_cases.build(dataclasses.replace(kernel_cases.CASES["int8"], **change))
     with pytest.raises(KernelError, match=words):
@@ -189,8 +193,10 @@ def test_compiles_for_an_h200(name):
     p = problem(q, kv, options)
     assert quantised.supports(p) is None
     report = aot.compile_report(lambda *args: quantised.run(*args, p, False), q, kv, positions)
-    print(f"{name}: {report.registers} registers, {report.shared_bytes} bytes shared, {report.spill_bytes} spilled, "
-          f"{report.ctas_a_core(THREADS)} blocks an SM, {report.temp_bytes} bytes temporary, {report.seconds:.1f} s")
+    print(
+        f"{name}: {report.registers} registers, {report.shared_bytes} bytes shared, {report.spill_bytes} spilled, "
+        f"{report.ctas_a_core(THREADS)} blocks an SM, {report.temp_bytes} bytes temporary, {report.seconds:.1f} s"
+    )
     assert report.spill_bytes == 0
     assert report.shared_bytes <= aot.SHARED_BLOCK
     assert report.ctas_a_core(THREADS) >= size.blocks

@@ -63,13 +63,11 @@ PIPELINES = {
     "two_pieces_three_buffers": (LONG, dict(pieces=2, sub=128)),
     "four_buffers": (LONG, dict(pieces=2, sub=256, buffers=4)),
     "one_core": (LONG, dict(pieces=1, sub=128, cores=1)),
-    "empty_rows": (
-        dataclasses.replace(LONG, lengths=(0, 300, 0, 0, 513, 130, 0, 0)), dict(pieces=1, sub=128)),
+    "empty_rows": (dataclasses.replace(LONG, lengths=(0, 300, 0, 0, 513, 130, 0, 0)), dict(pieces=1, sub=128)),
     "all_empty": (dataclasses.replace(LONG, lengths=(0, 0)), dict(pieces=1, sub=128)),
     "splits": (dataclasses.replace(LONG, splits=2), dict(pieces=2, sub=256)),
     "window_and_sinks": (dataclasses.replace(LONG, window=200, sinks=130), dict(pieces=2, sub=256)),
-    "window_of_tokens": (
-        dataclasses.replace(LONG, window=200, sinks=3, tokens=3, splits=2), dict(pieces=1, sub=128)),
+    "window_of_tokens": (dataclasses.replace(LONG, window=200, sinks=3, tokens=3, splits=2), dict(pieces=1, sub=128)),
     "pages": (dataclasses.replace(LONG, page=128), dict(pieces=2, sub=128, buffers=2)),
     "int8": (dataclasses.replace(LONG, store="int8", v_lanes=True), dict(pieces=2, sub=256)),
 }
@@ -83,8 +81,9 @@ STORES = {
     "int4_rows": Case(store="int4"),
     "v_lanes": Case(v_lanes=True),
     "short_rows": Case(lengths=(77, 1)),
-    "latent_lanes": Case(heads=16, k_heads=1, v_heads=1, key_dim=576, value_dim=512, view=True, k_lanes=True,
-                         lengths=(256, 131)),
+    "latent_lanes": Case(
+        heads=16, k_heads=1, v_heads=1, key_dim=576, value_dim=512, view=True, k_lanes=True, lengths=(256, 131)
+    ),
     "heads_in_shares": Case(heads=16, k_heads=16, v_heads=16, lengths=(256, 131)),
     "heads_in_shares_int8": Case(heads=32, k_heads=16, v_heads=16, store="int8", v_lanes=True, lengths=(256, 131)),
 }
@@ -122,13 +121,16 @@ def test_unused_table_entries_are_never_read(mode):
 # --- what is refused -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change,words", [
-    (dict(slots=200, lengths=(200,)), "200 slots are no multiple of 128"),
-    (dict(page=16), "a page of 16 tokens is one copy"),
-    (dict(page=64, v_lanes=True), "pages of 64 tokens along lanes"),
-    (dict(dtype="float16"), "held in float16"),
-    (dict(heads=256, k_heads=1, v_heads=1, tokens=16, key_dim=256, value_dim=256, lengths=(256,)), "bytes of VMEM"),
-])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (dict(slots=200, lengths=(200,)), "200 slots are no multiple of 128"),
+        (dict(page=16), "a page of 16 tokens is one copy"),
+        (dict(page=64, v_lanes=True), "pages of 64 tokens along lanes"),
+        (dict(dtype="float16"), "held in float16"),
+        (dict(heads=256, k_heads=1, v_heads=1, tokens=16, key_dim=256, value_dim=256, lengths=(256,)), "bytes of VMEM"),
+    ],
+)
 def test_refusals_name_the_limit(change, words):
     q, kv, positions, options = kernel_cases.build(Case(**change))
     with pytest.raises(KernelError, match=f"{words}.*xla can"):
@@ -205,11 +207,23 @@ def operands(real: Real):
         return Leaf(shape((*lead, real.kv_heads, *tile), real.store or real.dtype), scale, lanes)
 
     table = shape((real.batch, real.slots // real.page), jnp.int32) if real.page else None
-    kv = KV(leaf(real.k_lanes), None if real.view else leaf(real.v_lanes), shape((real.batch,), jnp.int32), table,
-            None, real.view, real.ring, real.sinks if real.ring else 0)
+    kv = KV(
+        leaf(real.k_lanes),
+        None if real.view else leaf(real.v_lanes),
+        shape((real.batch,), jnp.int32),
+        table,
+        None,
+        real.view,
+        real.ring,
+        real.sinks if real.ring else 0,
+    )
     options = Options(real.dim**-0.5, real.window, real.sinks, real.soft_cap)
-    return (shape((real.batch, real.tokens, real.heads, real.dim), real.dtype), kv,
-            shape((real.batch, real.tokens), jnp.int32), options)
+    return (
+        shape((real.batch, real.tokens, real.heads, real.dim), real.dtype),
+        kv,
+        shape((real.batch, real.tokens), jnp.int32),
+        options,
+    )
 
 
 @dataclasses.dataclass
@@ -256,8 +270,9 @@ def loop(mesh, name: str, steps: int) -> Program:
         def step(i, carry):
             q, kv = carry
             at = kv.length[0]
-            kv = dataclasses.replace(kv, k=put(kv.k, q[0, 0, 0, 0], at), v=put(kv.v, q[0, 0, 0, 1], at),
-                                     length=kv.length + 1)
+            kv = dataclasses.replace(
+                kv, k=put(kv.k, q[0, 0, 0, 0], at), v=put(kv.v, q[0, 0, 0, 1], at), length=kv.length + 1
+            )
             part = decode_attention(q, kv, jnp.broadcast_to(at, positions.shape), options, backend="mosaic_tpu")
             return part.out.astype(q.dtype), kv
 
@@ -274,7 +289,9 @@ def compiler():
 
 def compiled(compiler, target: str, kwargs: dict, generation: str, path) -> tuple[CompiledReport, hlo.Module]:
     mesh = (2, 1, 1) if generation == "tpu7x" else (1, 1, 1)
-    answer = compiler.compile(f"tests.pallas_kernels.test_kernels_tpu:{target}", kwargs, SLICES[generation], mesh, hlo_path=str(path))
+    answer = compiler.compile(
+        f"tests.pallas_kernels.test_kernels_tpu:{target}", kwargs, SLICES[generation], mesh, hlo_path=str(path)
+    )
     assert isinstance(answer, CompiledReport), answer
     return answer, hlo.parse(path.read_text())
 
@@ -346,8 +363,15 @@ def test_the_copy_check_sees_a_copy(compiler, tmp_path):
 
 def test_the_table_of_block_sizes_in_the_docstring():
     """What tuning.py tells of keys in a block."""
-    rows = [("gqa8", 512), ("mqa_256", 2048), ("lanes_64", 1024), ("rows_64", 512), ("int8", 1024), ("int4", 1536),
-            ("latent", 1536)]
+    rows = [
+        ("gqa8", 512),
+        ("mqa_256", 2048),
+        ("lanes_64", 1024),
+        ("rows_64", 512),
+        ("int8", 1024),
+        ("int4", 1536),
+        ("latent", 1536),
+    ]
     for name, keys in rows:
         q, kv, _, options = operands(REAL[name])
         assert tuning.choose(problem(q, kv, options)).block == keys, name

@@ -125,7 +125,9 @@ def test_mesh_axes_lie_on_torus_axes(torus, cores, mesh):
 
 def test_every_collective_exactly(compiler):
     rows, columns = 64, 4096
-    got = sums(compiler.compile("tests.helpers.aot_targets:collectives", {"rows": rows, "columns": columns}, CUBE, MESH))
+    got = sums(
+        compiler.compile("tests.helpers.aot_targets:collectives", {"rows": rows, "columns": columns}, CUBE, MESH)
+    )
     a = 2 * rows * columns  # bytes of the bfloat16 operand
     assert got == {
         ("all-gather", ("y", "z")): (1, 4 * a),  # output
@@ -145,7 +147,9 @@ def test_every_collective_exactly(compiler):
     ],
 )
 def test_gather_run_as_all_reduce(compiler, slice_name, mesh, rows, columns, factor):
-    answer = good(compiler.compile("tests.helpers.aot_targets:gather", {"rows": rows, "columns": columns}, slice_name, mesh))
+    answer = good(
+        compiler.compile("tests.helpers.aot_targets:gather", {"rows": rows, "columns": columns}, slice_name, mesh)
+    )
     (gather,) = answer.collectives
     assert (gather.op, gather.axes) == ("all-gather", ("x", "y", "z"))
     assert gather.bytes == 2 * rows * columns * math.prod(mesh)
@@ -258,7 +262,9 @@ def test_an_aborting_compiler_is_a_row_and_the_next_program_compiles(compiler):
 def test_out_of_memory_says_how_much(compiler):
     n = 150_000
     answer = failed(
-        compiler.compile("tests.helpers.aot_targets:matmul", {"rows": 1024, "inner": n, "columns": n}, "v4:1x1x1", (1, 1, 1))
+        compiler.compile(
+            "tests.helpers.aot_targets:matmul", {"rows": 1024, "inner": n, "columns": n}, "v4:1x1x1", (1, 1, 1)
+        )
     )
     assert answer.kind == "memory" and "out of HBM" in answer.reason
     assert answer.needed_bytes > 2 * n * n > CHIPS["v4"].hbm_bytes >= answer.available_bytes > 0.9 * 32 * 2**30

@@ -46,7 +46,7 @@ MATMULS = {
     "wg_xyz in": ((XYZ, (), ()), IN, (XYZ, (), ()), (D,), (F,)),
     "wg_xyz queries, odd widths": ((XYZ, (), ()), (*IN, ()), (XYZ, (), (), ()), (D,), (12, H)),
     "wg_xyz out": ((XYZ, (), ()), OUT, (XYZ, (), ()), (F,), (D,)),
-}  # fmt: skip
+}
 
 
 def spec(split):
@@ -61,12 +61,23 @@ def program(name, overlaps):
     w = rng.normal(size=(*ins, *outs)).astype(np.float32)
 
     def body(x, w):
-        return tuple(collective_matmul.matmul(
-            x, w, lambda a, b: multiply(a, b, len(ins)), w_split=w_split, have=have, want=want, mesh=SIZES,
-            overlap=overlap) for overlap in overlaps)  # fmt: skip
+        return tuple(
+            collective_matmul.matmul(
+                x,
+                w,
+                lambda a, b: multiply(a, b, len(ins)),
+                w_split=w_split,
+                have=have,
+                want=want,
+                mesh=SIZES,
+                overlap=overlap,
+            )
+            for overlap in overlaps
+        )
 
-    fn = jax.shard_map(body, mesh=MESH, in_specs=(spec(have), spec(w_split)), out_specs=(spec(want),) * len(overlaps),
-                       check_vma=False)  # fmt: skip
+    fn = jax.shard_map(
+        body, mesh=MESH, in_specs=(spec(have), spec(w_split)), out_specs=(spec(want),) * len(overlaps), check_vma=False
+    )
     place = [jax.device_put(a, NamedSharding(MESH, spec(s))) for a, s in ((x, have), (w, w_split))]
     return jax.jit(fn), place
 
@@ -122,10 +133,16 @@ def count(text, op):
     return text.count(f" {op}(") + text.count(f" {op}-start(")
 
 
-@pytest.mark.parametrize("name, blocking, stays", [
-    ("ws_2d in", "reduce-scatter", ()), ("ws_2d out", "all-gather", ("reduce-scatter",)),
-    ("wg_x in", "all-gather", ()), ("wg_xyz in", "all-gather", ()), ("wg_xyz out", "all-gather", ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, blocking, stays",
+    [
+        ("ws_2d in", "reduce-scatter", ()),
+        ("ws_2d out", "all-gather", ("reduce-scatter",)),
+        ("wg_x in", "all-gather", ()),
+        ("wg_xyz in", "all-gather", ()),
+        ("wg_xyz out", "all-gather", ()),
+    ],
+)
 def test_a_ring_compiles_to_permutes(name, blocking, stays):
     """None of the collectives that it replaces is left; the blocking program has them and no permute."""
     whole, ring = hlo(name, "none"), hlo(name, "one_way")
@@ -135,10 +152,16 @@ def test_a_ring_compiles_to_permutes(name, blocking, stays):
         assert bool(count(ring, op)) == (op in stays), op
 
 
-@pytest.mark.parametrize("name, gathered", [
-    ("wg_x in", (D, F // 4)), ("wg_xy in", (D, F // 2)), ("wg_xyz in", (D, F)), ("wg_xyz out", (F, D)),
-    ("wg_xy out of heads", (F // 2, H, D)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, gathered",
+    [
+        ("wg_x in", (D, F // 4)),
+        ("wg_xy in", (D, F // 2)),
+        ("wg_xyz in", (D, F)),
+        ("wg_xyz out", (F, D)),
+        ("wg_xy out of heads", (F // 2, H, D)),
+    ],
+)
 def test_a_ring_never_holds_the_gathered_weight(name, gathered):
     """No array of the traced program, nor of the compiled one, has its shape; the blocking program's does."""
     for overlap in OVERLAPS:

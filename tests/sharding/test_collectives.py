@@ -58,8 +58,10 @@ def test_reshard_from_every_split_to_every_other(have):
     legal, refused = [], 0
     for want in SPLITS:
         try:
-            jax.eval_shape(sharded(lambda x, w=want: manual.reshard(x, have, w, SIZES), [have], want),
-                           jax.ShapeDtypeStruct(WHOLE.shape, jnp.float32))  # fmt: skip
+            jax.eval_shape(
+                sharded(lambda x, w=want: manual.reshard(x, have, w, SIZES), [have], want),
+                jax.ShapeDtypeStruct(WHOLE.shape, jnp.float32),
+            )
             legal.append(want)
         except ShardingError as error:
             assert "blocks" in str(error) or "neighbours" in str(error)

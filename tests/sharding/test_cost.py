@@ -29,9 +29,7 @@ def palm(name="palm-540b", n_heads=64, weights="bfloat16", **changes) -> cost.Wo
 
 
 def decode(work, layout, mesh=(4, 4, 4), chip="v4", batch=64, context=2048, **more) -> cost.Prediction:
-    return cost.predict(
-        work, parse(layout), mesh, chip, phase="decode", batch=batch, tokens=1, context=context, **more
-    )
+    return cost.predict(work, parse(layout), mesh, chip, phase="decode", batch=batch, tokens=1, context=context, **more)
 
 
 def prefill(work, layout, mesh=(4, 4, 4), chip="v4", batch=64, context=2048, **more) -> cost.Prediction:
@@ -157,8 +155,9 @@ def test_what_is_written_and_held_by_hand():
     p = prefill(work, "ws_2d/by_seq:xyz", batch=B)
     assert p.hbm_bytes["kv_written"] == token * T / n
     for more, fullest in ((20, 20), (100, 32)):  # a chunk on a cached prefix fills blocks of 32 slots
-        chunk = cost.predict(work, parse("ws_2d/by_seq:xyz"), (4, 4, 4), "v4", phase="prefill", batch=B, tokens=more,
-                             context=T)  # fmt: skip
+        chunk = cost.predict(
+            work, parse("ws_2d/by_seq:xyz"), (4, 4, 4), "v4", phase="prefill", batch=B, tokens=more, context=T
+        )
         assert chunk.hbm_bytes["kv_written"] == token * fullest
     assert p.hbm_bytes["kv_read"] == token * T  # inside the prompt every chip reads all of it
     rows = B * T
@@ -200,7 +199,9 @@ def test_parallel_block_has_half_the_pairs():
         bytes_[residual] = sum(p.interconnect_bytes.values())
         steps[residual] = {overlap: p.step_seconds(overlap) for overlap in cost.OVERLAPS}
     assert {(kind, "".join(sorted(axes)), count) for kind, axes, count in pairs["parallel"]} == {
-        ("all_gather", "yz", 118), ("reduce_scatter", "yz", 118)}
+        ("all_gather", "yz", 118),
+        ("reduce_scatter", "yz", 118),
+    }
     assert sum(c for *_, c in pairs["serial"]) == 2 * sum(c for *_, c in pairs["parallel"])
     assert bytes_["ladder"] == bytes_["serial"] > bytes_["parallel"]
     for overlap in ("memory", "none"):
@@ -224,8 +225,11 @@ def test_batch_sharded_mqa_has_two_all_to_alls_a_layer():
 def test_max_context_table():
     """Oracle 5: 30 % of the memory of 64 chips."""
     mha = palm(n_k_heads=64, n_v_heads=64, head_dim=128, v_head_dim=128)
-    rows = [(mha, "ws_2d/by_head:xyz", 1333, 333), (palm(), "ws_2d/replicated", 666, 167),
-            (palm(), "ws_2d/by_batch:xyz", 42654, 10663)]  # fmt: skip
+    rows = [
+        (mha, "ws_2d/by_head:xyz", 1333, 333),
+        (palm(), "ws_2d/replicated", 666, 167),
+        (palm(), "ws_2d/by_batch:xyz", 42654, 10663),
+    ]
     for work, layout, *want in rows:
         got = [cost.max_context(work, parse(layout), (4, 4, 4), "v4", batch=b, share=0.3) for b in (128, 512)]
         for batch, context, rounded in zip((128, 512), got, want, strict=True):
@@ -245,10 +249,15 @@ def test_max_context_by_sequence_and_of_rings():
 def test_model_flops_utilisation():
     """Oracle 6: the eight measured configurations, within one point of the printed percentage."""
     rows = [
-        (540e9, 64, 1 * 2048, 0.29, 43), (540e9, 64, 64 * 64, 1.82, 14), (540e9, 64, 512 * 2048, 85.2, 76),
-        (540e9, 64, 512 * 64, 6.0, 33), (62e9, 16, 1 * 2048, 0.16, 36), (62e9, 16, 32 * 64, 0.73, 8),
-        (62e9, 32, 512 * 2048, 20.2, 73), (62e9, 8, 512 * 64, 5.1, 37),
-    ]  # fmt: skip
+        (540e9, 64, 1 * 2048, 0.29, 43),
+        (540e9, 64, 64 * 64, 1.82, 14),
+        (540e9, 64, 512 * 2048, 85.2, 76),
+        (540e9, 64, 512 * 64, 6.0, 33),
+        (62e9, 16, 1 * 2048, 0.16, 36),
+        (62e9, 16, 32 * 64, 0.73, 8),
+        (62e9, 32, 512 * 2048, 20.2, 73),
+        (62e9, 8, 512 * 64, 5.1, 37),
+    ]
     for params, chips, tokens, seconds, percent in rows:
         assert abs(100 * cost.mfu(params, tokens, seconds, chips, 275e12) - percent) < 1
 
@@ -316,9 +325,10 @@ def test_window_over_a_sequence_sharded_cache_waits_for_one_chip():
     assert got == 32 * 3 * 40 * 2 * 2 * 256
 
 
-@pytest.mark.parametrize("kv, per_head", [
-    ("float32", (40, 56)), ("bfloat16", (20, 28)), ("fp8", (12, 16)), ("int8", (12, 16)), ("int4", (7, 9)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kv, per_head",
+    [("float32", (40, 56)), ("bfloat16", (20, 28)), ("fp8", (12, 16)), ("int8", (12, 16)), ("int4", (7, 9))],
+)
 def test_cache_types(kv, per_head):
     """Two K heads of 10 and six V heads of 14; quantised heads carry a two-byte scale each."""
     work = plan.workload(tiny.CASES["uneven_kv"], BF16, kv=kv)
@@ -328,11 +338,28 @@ def test_cache_types(kv, per_head):
 
 def latent(n=32, c=512, r=64) -> cost.Workload:
     """An absorbed latent cache (DeepSeek-V2's C, R), made by hand: no variant of the package stores one yet."""
-    layer = cost.Layer(count=7, owner=True, q=4096 * n * 192, k=4096 * (c + r), v=0, o=4096 * n * 128,
-                       mlp_in=2 * 4096 * 8192, mlp_out=4096 * 8192,
-                       leaves=(("latent", 1, c), ("k_rope", 1, r)))  # fmt: skip
-    return cost.Workload(d_model=4096, d_ff=8192, n_heads=n, q_dim=192, o_dim=128, vocab=64000, layers=(layer,),
-                         score_dim=c + r, value_dim=c)  # fmt: skip
+    layer = cost.Layer(
+        count=7,
+        owner=True,
+        q=4096 * n * 192,
+        k=4096 * (c + r),
+        v=0,
+        o=4096 * n * 128,
+        mlp_in=2 * 4096 * 8192,
+        mlp_out=4096 * 8192,
+        leaves=(("latent", 1, c), ("k_rope", 1, r)),
+    )
+    return cost.Workload(
+        d_model=4096,
+        d_ff=8192,
+        n_heads=n,
+        q_dim=192,
+        o_dim=128,
+        vocab=64000,
+        layers=(layer,),
+        score_dim=c + r,
+        value_dim=c,
+    )
 
 
 def test_latent_cache():
@@ -403,8 +430,10 @@ def test_links_of_its_own_axes_only():
         seconds += c.wire * two.element_bytes[c.dtype] / 270e9 * 3 / len(c.axes)
     close(two.interconnect_seconds, seconds, CLOSED_FORM)
     assert one.interconnect_seconds < two.interconnect_seconds < 3 * one.interconnect_seconds
-    switch = [decode(plan.workload(size("llama3-8b"), BF16), "ws_2d/by_batch:xyz", (2, 2, 2), "H200", links=links)
-              for links in ("all", "axes")]  # fmt: skip
+    switch = [
+        decode(plan.workload(size("llama3-8b"), BF16), "ws_2d/by_batch:xyz", (2, 2, 2), "H200", links=links)
+        for links in ("all", "axes")
+    ]
     assert switch[0].interconnect_seconds == switch[1].interconnect_seconds
 
 
@@ -432,26 +461,32 @@ def bad(**changes):
     return lambda: cost.predict(work, parse(layout), mesh, chip, **fields)
 
 
-@pytest.mark.parametrize("call, message", [
-    (bad(chip="v9"), "chip is 'v9'; choose one of v4"),
-    (bad(phase="train"), "phase is 'train'; choose one of prefill, decode"),
-    (bad(links="some"), "links is 'some'"),
-    (bad(batch=0), "batch is 0; it must be at least 1"),
-    (bad(tokens=9, context=8), "tokens is 9, more than the context of 8"),
-    (bad(mesh=(4, 4)), r"mesh shape is \(4, 4\); it takes three"),
-    (bad(mesh={"x": 2, "data": 4}), "it takes the axes x, y and z"),
-    (bad(mesh=(4, 0, 4)), "sizes of at least 1"),
-    (bad(chip="H200"), "chips is 64, but the links of H200 join 8; take no more"),
-    (bad(batch=32), "batch is 32, not divisible by the 64 chips"),
-    (bad(work=palm(n_heads=48)), "n_heads is 48, not divisible by the 64 chips"),
-    (bad(layout="ws_2d/by_head:xyz"), "n_k_heads is 1, not divisible by the 64 chips"),
-    (bad(layout="ws_2d/by_seq:xyz", context=2000), "slots is 2000, not divisible by the 64 chips"),
-    (bad(chip=dataclasses.replace(CHIPS["v4"], interconnect_bandwidth=0)), "no interconnect"),
-    (lambda: decode(palm(), "ws_2d/by_batch:xyz").step_seconds("half"), "overlap is 'half'"),
-    (lambda: cost.max_context(palm(), parse("ws_2d/replicated"), (4, 4, 4), "v4", batch=1, share=1.5), "share is 1.5"),
-    (lambda: cost.volume_elements("ws_3d", 1, 64, 64, (1, 1, 1)), "layout is 'ws_3d'"),
-    (lambda: cost.check_memory(decode(palm(), "ws_2d/replicated", batch=512)), r"134.\d GiB a chip .* v4's 32.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (bad(chip="v9"), "chip is 'v9'; choose one of v4"),
+        (bad(phase="train"), "phase is 'train'; choose one of prefill, decode"),
+        (bad(links="some"), "links is 'some'"),
+        (bad(batch=0), "batch is 0; it must be at least 1"),
+        (bad(tokens=9, context=8), "tokens is 9, more than the context of 8"),
+        (bad(mesh=(4, 4)), r"mesh shape is \(4, 4\); it takes three"),
+        (bad(mesh={"x": 2, "data": 4}), "it takes the axes x, y and z"),
+        (bad(mesh=(4, 0, 4)), "sizes of at least 1"),
+        (bad(chip="H200"), "chips is 64, but the links of H200 join 8; take no more"),
+        (bad(batch=32), "batch is 32, not divisible by the 64 chips"),
+        (bad(work=palm(n_heads=48)), "n_heads is 48, not divisible by the 64 chips"),
+        (bad(layout="ws_2d/by_head:xyz"), "n_k_heads is 1, not divisible by the 64 chips"),
+        (bad(layout="ws_2d/by_seq:xyz", context=2000), "slots is 2000, not divisible by the 64 chips"),
+        (bad(chip=dataclasses.replace(CHIPS["v4"], interconnect_bandwidth=0)), "no interconnect"),
+        (lambda: decode(palm(), "ws_2d/by_batch:xyz").step_seconds("half"), "overlap is 'half'"),
+        (
+            lambda: cost.max_context(palm(), parse("ws_2d/replicated"), (4, 4, 4), "v4", batch=1, share=1.5),
+            "share is 1.5",
+        ),
+        (lambda: cost.volume_elements("ws_3d", 1, 64, 64, (1, 1, 1)), "layout is 'ws_3d'"),
+        (lambda: cost.check_memory(decode(palm(), "ws_2d/replicated", batch=512)), r"134.\d GiB a chip .* v4's 32.0"),
+    ],
+)
 def test_refusals_are_one_sentence(call, message):
     with pytest.raises(ShardingError, match=message) as caught:
         call()

@@ -1,7 +1,7 @@
 """What the cost model says crosses the links, and is multiplied, against the written-out program itself, traced.
 
-`kvattn.decode.partitioned.build(overlap="none")` is a shard_map whose collectives are operations of its jaxpr, with shapes per
-chip: they are counted here for every layout, phase and variant, without compiling anything.
+`kvattn.decode.partitioned.build(overlap="none")` is a shard_map whose collectives are operations of its jaxpr, with
+shapes per chip: they are counted here for every layout, phase and variant, without compiling anything.
 """
 
 import collections
@@ -21,8 +21,14 @@ from tests.helpers import shapes
 from tests.helpers.tolerances import CLOSED_FORM, close
 
 BF16 = CacheConfig(dtype="bfloat16")
-KINDS = {"all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "all_to_all": "all_to_all",
-         "psum": "all_reduce", "psum_invariant": "all_reduce", "pmax": "all_reduce"}  # fmt: skip
+KINDS = {
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "all_to_all": "all_to_all",
+    "psum": "all_reduce",
+    "psum_invariant": "all_reduce",
+    "pmax": "all_reduce",
+}
 DTYPES = {"act": "bfloat16", "weight": "bfloat16", "float32": "float32"}
 BATCH, CONTEXT = 16, 24
 
@@ -36,9 +42,18 @@ def local_shapes(monkeypatch):
 def config(kv_heads: int, residual: str, **changes) -> ModelConfig:
     """Every dim divisible by the 8 chips, else pairwise different."""
     return ModelConfig(
-        vocab_size=8 * 23, d_model=8 * 10, n_layers=3, n_heads=16, n_k_heads=kv_heads, n_v_heads=kv_heads, head_dim=6,
-        v_head_dim=10, d_ff=8 * 11, residual=residual, **changes,
-    )  # fmt: skip
+        vocab_size=8 * 23,
+        d_model=8 * 10,
+        n_layers=3,
+        n_heads=16,
+        n_k_heads=kv_heads,
+        n_v_heads=kv_heads,
+        head_dim=6,
+        v_head_dim=10,
+        d_ff=8 * 11,
+        residual=residual,
+        **changes,
+    )
 
 
 def traced(program) -> tuple[dict, float]:
@@ -121,11 +136,18 @@ def test_decode_of_grouped_query_attention(ffn, kv):
     check(config(4, "serial"), f"{ffn}/{kv}", "decode")
 
 
-@pytest.mark.parametrize("ffn, kv, kv_heads, residual", [
-    ("ws_1d", "by_batch:xyz", 1, "serial"), ("ws_2d", "replicated", 1, "parallel_palm"),
-    ("ws_2d", "by_batch:xyz", 4, "serial"), ("ws_2d", "by_seq:xyz", 1, "ladder"), ("wg_x", "by_batch:xyz", 2, "serial"),
-    ("wg_xy", "by_head:z+by_batch:xy", 4, "parallel_neox"), ("wg_xyz", "by_batch:xyz", 1, "parallel_palm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ffn, kv, kv_heads, residual",
+    [
+        ("ws_1d", "by_batch:xyz", 1, "serial"),
+        ("ws_2d", "replicated", 1, "parallel_palm"),
+        ("ws_2d", "by_batch:xyz", 4, "serial"),
+        ("ws_2d", "by_seq:xyz", 1, "ladder"),
+        ("wg_x", "by_batch:xyz", 2, "serial"),
+        ("wg_xy", "by_head:z+by_batch:xy", 4, "parallel_neox"),
+        ("wg_xyz", "by_batch:xyz", 1, "parallel_palm"),
+    ],
+)
 def test_prefill(ffn, kv, kv_heads, residual):
     check(config(kv_heads, residual), f"{ffn}/{kv}", "prefill")
 
@@ -135,22 +157,30 @@ def test_other_meshes(shape):
     check(config(1, "serial"), "ws_2d/by_batch:xyz", "decode", shape)
 
 
-@pytest.mark.parametrize("name, changes, cache", [
-    ("cross-layer", {"kv_source": (0, 0, 2), "kv_norm": True}, BF16),
-    ("plain mlp", {"mlp": "gelu"}, BF16),
-    ("post norms", {"norm_placement": "both"}, BF16),
-    ("untied", {"tied_embeddings": False}, BF16),
-    ("window in a ring", {"masks": (MaskConfig(window=6, sinks=2),)}, CacheConfig(kinds=("ring",), dtype="bfloat16")),
-    ("tied K = V", {"tied_kv": True, "v_head_dim": 6}, BF16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, changes, cache",
+    [
+        ("cross-layer", {"kv_source": (0, 0, 2), "kv_norm": True}, BF16),
+        ("plain mlp", {"mlp": "gelu"}, BF16),
+        ("post norms", {"norm_placement": "both"}, BF16),
+        ("untied", {"tied_embeddings": False}, BF16),
+        (
+            "window in a ring",
+            {"masks": (MaskConfig(window=6, sinks=2),)},
+            CacheConfig(kinds=("ring",), dtype="bfloat16"),
+        ),
+        ("tied K = V", {"tied_kv": True, "v_head_dim": 6}, BF16),
+    ],
+)
 def test_variants(name, changes, cache):
     check(dataclasses.replace(config(2, "serial"), **changes), "ws_2d/by_head:z+by_batch:xy", "decode", cache=cache)
 
 
 def test_purposes_add_up():
     work = plan.workload(config(1, "serial"), BF16)
-    p = cost.predict(work, layouts.parse("ws_2d/by_batch:xyz"), (2, 2, 2), "v4", phase="decode", batch=16, tokens=1,
-                     context=24)  # fmt: skip
+    p = cost.predict(
+        work, layouts.parse("ws_2d/by_batch:xyz"), (2, 2, 2), "v4", phase="decode", batch=16, tokens=1, context=24
+    )
     by_kind = sum(c.wire * p.element_bytes[c.dtype] for c in p.collectives)
     close(sum(p.interconnect_bytes.values()), by_kind, CLOSED_FORM)
     assert set(p.interconnect_bytes) == set(traffic.PURPOSES)

@@ -6,7 +6,6 @@ bytes below are the paper's formulas for T tokens, bfloat16. The v5e text (JAX 0
 all-reduce; the tpu7x text (JAX 0.11.2, same sizes, mesh 2x2x2) runs its collectives asynchronously on SparseCores.
 """
 
-
 import pytest
 
 from sharding import ShardingError

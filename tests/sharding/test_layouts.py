@@ -17,8 +17,9 @@ MHA = GQA | {"k_heads": 8, "v_heads": 8}
 def every_layout():
     """All ways of giving each mesh axis to K/V heads, the batch, the slots or nothing, for every FFN layout."""
     for ffn, use in itertools.product(FFN_LAYOUTS, itertools.product(("heads", "batch", "seq", ""), repeat=3)):
-        yield Layout(ffn, *(tuple(a for a, u in zip(AXES, use, strict=True) if u == part)
-                            for part in ("heads", "batch", "seq")))  # fmt: skip
+        yield Layout(
+            ffn, *(tuple(a for a, u in zip(AXES, use, strict=True) if u == part) for part in ("heads", "batch", "seq"))
+        )
 
 
 ALL = tuple(every_layout())
@@ -45,16 +46,19 @@ def test_parse_reads_axes_in_any_order_and_none_as_all():
     assert got == Layout("ws_1d", ("z",), ("x", "y")) and got.name == "ws_1d/by_head:z+by_batch:xy"
 
 
-@pytest.mark.parametrize("text, message", [
-    ("ws_3d/replicated", "layout is 'ws_3d'; choose one of ws_1d, ws_2d, wg_x, wg_xy, wg_xyz"),
-    ("", "layout is ''; choose one of"),
-    ("ws_2d/by_row:x", "layout is 'ws_2d/by_row:x'; write it as ffn/kv"),
-    ("ws_2d/", "layout is 'ws_2d/'; write it as ffn/kv"),
-    ("ws_2d/by_seq:x+by_seq:y", "layout is 'ws_2d/by_seq:x.by_seq:y'; write it as ffn/kv"),
-    ("ws_2d/by_batch:xw", "names mesh axis 'w'; the axes are x, y and z"),
-    ("ws_2d/by_batch:xyx", "splits K and V over 'x' twice; name each axis once"),
-    ("ws_2d/by_batch:yz+by_seq:z", "splits K and V over 'z' twice; name each axis once"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("ws_3d/replicated", "layout is 'ws_3d'; choose one of ws_1d, ws_2d, wg_x, wg_xy, wg_xyz"),
+        ("", "layout is ''; choose one of"),
+        ("ws_2d/by_row:x", "layout is 'ws_2d/by_row:x'; write it as ffn/kv"),
+        ("ws_2d/", "layout is 'ws_2d/'; write it as ffn/kv"),
+        ("ws_2d/by_seq:x+by_seq:y", "layout is 'ws_2d/by_seq:x.by_seq:y'; write it as ffn/kv"),
+        ("ws_2d/by_batch:xw", "names mesh axis 'w'; the axes are x, y and z"),
+        ("ws_2d/by_batch:xyx", "splits K and V over 'x' twice; name each axis once"),
+        ("ws_2d/by_batch:yz+by_seq:z", "splits K and V over 'z' twice; name each axis once"),
+    ],
+)
 def test_a_name_that_is_none_is_one_sentence(text, message):
     with pytest.raises(ShardingError, match=message) as caught:
         layouts.parse(text)
@@ -64,23 +68,26 @@ def test_a_name_that_is_none_is_one_sentence(text, message):
 # --- illegal combinations ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, changes, message", [
-    ("ws_2d/by_head:y", {}, "by_head:y splits K/V heads over y; heads are split over z first"),
-    ("ws_2d/by_head:xz", {}, "heads over z.x; heads are split over z first, then y, then x: use by_head:z"),
-    ("ws_2d/by_head:xyz", {}, "model.n_k_heads is 4, not divisible by the 8 chips of z.y.x"),
-    ("ws_2d/by_head:yz", {"v_heads": 2}, "model.n_v_heads is 2, not divisible by the 4 chips of z.y"),
-    ("wg_x/by_batch:xyz", {"batch": 6}, "batch is 6, not divisible by the 8 chips of x.y.z that wg_x/by_batch:xyz"),
-    ("wg_xyz/replicated", {"batch": 4}, "batch is 4, not divisible by the 8 chips of x.y.z that wg_xyz/replicated"),
-    ("wg_xy/replicated", {"batch": 6}, "batch is 6, not divisible by the 4 chips of x.y that wg_xy"),
-    ("ws_2d/by_seq:yz", {"slots": 18}, "the cache's slots is 18, not divisible by the 4 chips of z.y"),
-    ("ws_2d/replicated", {"q_heads": 12}, "model.n_heads is 12, not divisible by the 8 chips"),
-    ("wg_xyz/by_batch:xyz", {"q_heads": 6}, "model.n_heads is 6, not divisible by the 4 chips of z.y"),
-    ("ws_2d/replicated", {"embed": 46}, "model.d_model is 46, not divisible by the 4 chips of x.y"),
-    ("ws_2d/replicated", {"embed": 44, "batch": 1}, "model.d_model is 44, not divisible by the 8 chips of x.z.y"),
-    ("wg_xyz/replicated", {"embed": 47}, "model.d_model is 47, not divisible by the 2 chips of x that"),
-    ("ws_1d/replicated", {"mlp": 36}, "model.d_ff is 36, not divisible by the 8 chips"),
-    ("wg_x/replicated", {"vocab": 61}, "model.vocab_size is 61, not divisible by the 8 chips"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, changes, message",
+    [
+        ("ws_2d/by_head:y", {}, "by_head:y splits K/V heads over y; heads are split over z first"),
+        ("ws_2d/by_head:xz", {}, "heads over z.x; heads are split over z first, then y, then x: use by_head:z"),
+        ("ws_2d/by_head:xyz", {}, "model.n_k_heads is 4, not divisible by the 8 chips of z.y.x"),
+        ("ws_2d/by_head:yz", {"v_heads": 2}, "model.n_v_heads is 2, not divisible by the 4 chips of z.y"),
+        ("wg_x/by_batch:xyz", {"batch": 6}, "batch is 6, not divisible by the 8 chips of x.y.z that wg_x/by_batch:xyz"),
+        ("wg_xyz/replicated", {"batch": 4}, "batch is 4, not divisible by the 8 chips of x.y.z that wg_xyz/replicated"),
+        ("wg_xy/replicated", {"batch": 6}, "batch is 6, not divisible by the 4 chips of x.y that wg_xy"),
+        ("ws_2d/by_seq:yz", {"slots": 18}, "the cache's slots is 18, not divisible by the 4 chips of z.y"),
+        ("ws_2d/replicated", {"q_heads": 12}, "model.n_heads is 12, not divisible by the 8 chips"),
+        ("wg_xyz/by_batch:xyz", {"q_heads": 6}, "model.n_heads is 6, not divisible by the 4 chips of z.y"),
+        ("ws_2d/replicated", {"embed": 46}, "model.d_model is 46, not divisible by the 4 chips of x.y"),
+        ("ws_2d/replicated", {"embed": 44, "batch": 1}, "model.d_model is 44, not divisible by the 8 chips of x.z.y"),
+        ("wg_xyz/replicated", {"embed": 47}, "model.d_model is 47, not divisible by the 2 chips of x that"),
+        ("ws_1d/replicated", {"mlp": 36}, "model.d_ff is 36, not divisible by the 8 chips"),
+        ("wg_x/replicated", {"vocab": 61}, "model.vocab_size is 61, not divisible by the 8 chips"),
+    ],
+)
 def test_an_illegal_combination_names_the_field_its_value_and_the_axes(text, changes, message):
     if changes:
         table(text)  # legal but for them
@@ -225,11 +232,24 @@ def test_2d_and_weight_gathered_layouts_store_weights_alike(dims):
 
 def test_no_table_puts_two_dims_of_an_array_on_one_axis():
     """Of weights, caches, the residual stream, projections and attention, in every legal layout and model."""
-    arrays = [("embed", "mlp"), ("q_heads", "embed"), ("vocab", "embed"), ("k_heads", "embed"), ("v_heads", "embed"),
-              ("cache_batch", "cache_heads", "cache_length"), ("res_batch", "res_embed"), ("act_batch", "act_embed"),
-              ("act_batch", "act_mlp"), ("act_batch", "act_q_heads"), ("k_batch", "act_k_heads"),
-              ("v_batch", "act_v_heads"), ("attn_batch", "attn_heads"), ("attn_batch", "attn_out_heads"),
-              ("fresh_batch", "fresh_heads"), ("logit_batch", "act_vocab")]  # fmt: skip
+    arrays = [
+        ("embed", "mlp"),
+        ("q_heads", "embed"),
+        ("vocab", "embed"),
+        ("k_heads", "embed"),
+        ("v_heads", "embed"),
+        ("cache_batch", "cache_heads", "cache_length"),
+        ("res_batch", "res_embed"),
+        ("act_batch", "act_embed"),
+        ("act_batch", "act_mlp"),
+        ("act_batch", "act_q_heads"),
+        ("k_batch", "act_k_heads"),
+        ("v_batch", "act_v_heads"),
+        ("attn_batch", "attn_heads"),
+        ("attn_batch", "attn_out_heads"),
+        ("fresh_batch", "fresh_heads"),
+        ("logit_batch", "act_vocab"),
+    ]
     for one, dims in itertools.product(ALL, (MQA, GQA, MHA)):
         try:
             got = layouts.rules(one, MESH, dims)

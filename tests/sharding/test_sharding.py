@@ -18,8 +18,16 @@ from tests.helpers.models import lively, tokens_of
 from tests.helpers.tolerances import F32_SHARDED, close
 
 # Sizes that 8 = 2 x 2 x 2 divides: W 64, D 24, N 4, K = M 2, F 40.
-CFG = tiny.config(vocab_size=64, d_model=24, n_heads=4, n_k_heads=2, n_v_heads=2, d_ff=40, tied_embeddings=False,
-                  kv_source=(0, 0, 2, 2))
+CFG = tiny.config(
+    vocab_size=64,
+    d_model=24,
+    n_heads=4,
+    n_k_heads=2,
+    n_v_heads=2,
+    d_ff=40,
+    tied_embeddings=False,
+    kv_source=(0, 0, 2, 2),
+)
 
 GOLDEN = """\
 embed.table vocab,embed -> tensor,fsdp
@@ -62,12 +70,15 @@ def test_mesh_axes_and_too_many_devices():
         _mesh(4, 2, 2)
 
 
-@pytest.mark.parametrize("axes,rules,shape,message", [
-    (("embed", "mpl"), RULES["fsdp_tp"], (4, 4), "'mpl' is in no row"),
-    (("q_heads", "mlp"), RULES["fsdp_tp"], (4, 4), "two dims on mesh axis 'tensor'"),
-    (("embed", "k_heads"), RULES["fsdp_tp"], (4, 3), "k_heads is 3, not divisible by 2"),
-    (("embed",), {"embed": "expert"}, (4,), "'expert', which the mesh lacks"),
-])
+@pytest.mark.parametrize(
+    "axes,rules,shape,message",
+    [
+        (("embed", "mpl"), RULES["fsdp_tp"], (4, 4), "'mpl' is in no row"),
+        (("q_heads", "mlp"), RULES["fsdp_tp"], (4, 4), "two dims on mesh axis 'tensor'"),
+        (("embed", "k_heads"), RULES["fsdp_tp"], (4, 3), "k_heads is 3, not divisible by 2"),
+        (("embed",), {"embed": "expert"}, (4,), "'expert', which the mesh lacks"),
+    ],
+)
 def test_every_mistake_raises(axes, rules, shape, message):
     with pytest.raises(ShardingError, match=message):
         partition_spec(axes, rules, shape, _mesh())

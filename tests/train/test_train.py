@@ -373,9 +373,13 @@ def test_distilled_fit_from_given_parameters(corpus):
     taught = model.init(jax.random.key(1), wide)
     records = []
     result = train.fit(
-        cfg, params=model.init(jax.random.key(2), cfg.model), model=cfg.model, teacher=(wide, taught), verbose=False,
+        cfg,
+        params=model.init(jax.random.key(2), cfg.model),
+        model=cfg.model,
+        teacher=(wide, taught),
+        verbose=False,
         on_step=lambda step, record: records.append(record),
-    )  # fmt: skip
+    )
     assert result.step == 12
     for name in ("kl", "attention_mse"):
         assert records[-1][name] < 0.9 * records[0][name], name

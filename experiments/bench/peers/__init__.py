@@ -26,9 +26,12 @@ class Peer:
     def __init__(self, name: str, python: str = sys.executable):
         self.name = name
         self.process = subprocess.Popen(
-            [python, "-m", f"experiments.bench.peers.{name}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, "-m", f"experiments.bench.peers.{name}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             cwd=RESULTS.parents[1],
-        )  # fmt: skip
+        )
 
     def ask(self, op: str, **request: Any) -> dict[str, Any]:
         self.process.stdin.write(json.dumps({"op": op, **request}) + "\n")
@@ -87,8 +90,11 @@ def compare_decode(team: list[Peer], rounds: int, batch: int, prompt: int, new: 
     if len(team) > 1:
         entry["ratio"] = speeds["kvattn_worker"] / speeds["transformers_worker"]
     line = "  ".join(f"{name.removesuffix('_worker')} {speed:.1f} tokens/s" for name, speed in speeds.items())
-    print(f"batch {batch}: {line}  ratio {entry.get('ratio', float('nan')):.2f}  same tokens {same}  "
-          f"{entry['kvattn_of_roofline']:.0%} of the memory roofline", flush=True)  # fmt: skip
+    print(
+        f"batch {batch}: {line}  ratio {entry.get('ratio', float('nan')):.2f}  same tokens {same}  "
+        f"{entry['kvattn_of_roofline']:.0%} of the memory roofline",
+        flush=True,
+    )
     return entry
 
 

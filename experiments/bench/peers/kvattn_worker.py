@@ -12,7 +12,7 @@ import numpy as np
 from experiments.bench import peers
 from kvattn import account, formats
 from kvattn.config import CacheConfig, DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig
-from kvattn.decode import generate as decode
+from kvattn.decode import generation as decode
 from kvattn.formats import huggingface
 from kvattn.train import step as train_step
 from sharding import make_mesh

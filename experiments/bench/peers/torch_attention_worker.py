@@ -81,8 +81,7 @@ def attempt(make, problem, want, calls, wrong):
         if isinstance(call, str):
             return {"refused": call}, None
         difference = call().float().reshape(want.shape) - want
-        entry = {"max_error": difference.abs().max().item(),
-                 "relative_error": (difference.norm() / want.norm()).item()}  # fmt: skip
+        entry = {"max_error": difference.abs().max().item(), "relative_error": (difference.norm() / want.norm()).item()}
         if not entry["relative_error"] <= wrong:
             return entry | {"error": f"wrong: |out - float32| / |float32| is {entry['relative_error']:.2g}"}, None
         timer, note = timer_of(call, calls)
@@ -217,7 +216,8 @@ def sdpa(s):
     if s.page:
         return "it has no pages"
     return lambda: F.scaled_dot_product_attention(
-        s.q, s.k, s.v, attn_mask=s.mask, scale=s.scale, enable_gqa=s.k_heads < s.heads)
+        s.q, s.k, s.v, attn_mask=s.mask, scale=s.scale, enable_gqa=s.k_heads < s.heads
+    )
 
 
 def sdpa_grouped(s):
@@ -239,8 +239,7 @@ def flex(s):
     if s.ragged:
         blocks = create_block_mask(lambda b, h, q, k: k < s.length[b], s.batch, None, 1, s.context, device=DEVICE)
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(
-        s.q, s.k, s.v, block_mask=blocks, scale=s.scale, enable_gqa=s.k_heads < s.heads)
+    return lambda: compiled(s.q, s.k, s.v, block_mask=blocks, scale=s.scale, enable_gqa=s.k_heads < s.heads)
 
 
 def flashinfer(s):
@@ -255,14 +254,36 @@ def flashinfer(s):
     if s.view:
         plan = lib.mla.BatchMLAPagedAttentionWrapper(workspace)
         rows = torch.arange(s.batch + 1, dtype=torch.int32, device=DEVICE)
-        plan.plan(rows, first, pages, s.length, s.heads, s.v_dim, s.head_dim - s.v_dim, page, False, s.scale,
-                  torch.bfloat16, torch.bfloat16)  # fmt: skip
+        plan.plan(
+            rows,
+            first,
+            pages,
+            s.length,
+            s.heads,
+            s.v_dim,
+            s.head_dim - s.v_dim,
+            page,
+            False,
+            s.scale,
+            torch.bfloat16,
+            torch.bfloat16,
+        )
         q, held = s.q[:, :, 0], [x.contiguous() for x in (k[:, 0, :, : s.v_dim], k[:, 0, :, s.v_dim :])]
         queries = [x.contiguous() for x in (q[..., : s.v_dim], q[..., s.v_dim :])]
         return lambda: plan.run(*queries, *held, return_lse=False)
     plan = lib.BatchDecodeWithPagedKVCacheWrapper(workspace, kv_layout="HND", use_tensor_cores=s.heads > s.k_heads)
-    plan.plan(first, pages, last, s.heads, s.k_heads, s.head_dim, page, q_data_type=torch.bfloat16,
-              kv_data_type=torch.bfloat16, sm_scale=s.scale)  # fmt: skip
+    plan.plan(
+        first,
+        pages,
+        last,
+        s.heads,
+        s.k_heads,
+        s.head_dim,
+        page,
+        q_data_type=torch.bfloat16,
+        kv_data_type=torch.bfloat16,
+        sm_scale=s.scale,
+    )
     q = s.q[:, :, 0].contiguous()
     return lambda: plan.run(q, (k, v))
 
@@ -280,11 +301,17 @@ def flash_mla(s):
     q, held = s.q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()  # [B,1,N,576], [n,64,1,576]
     metadata = lib.get_mla_metadata(s.length, s.heads, 1)
     return lambda: lib.flash_mla_with_kvcache(
-        q, held, table, s.length, s.v_dim, *metadata[:2], softmax_scale=s.scale, causal=False)[0]
+        q, held, table, s.length, s.v_dim, *metadata[:2], softmax_scale=s.scale, causal=False
+    )[0]
 
 
-CANDIDATES = {"torch_sdpa": sdpa, "torch_sdpa_grouped": sdpa_grouped, "torch_flex": flex, "flashinfer": flashinfer,
-              "flash_mla": flash_mla}  # fmt: skip
+CANDIDATES = {
+    "torch_sdpa": sdpa,
+    "torch_sdpa_grouped": sdpa_grouped,
+    "torch_flex": flex,
+    "flashinfer": flashinfer,
+    "flash_mla": flash_mla,
+}
 
 if __name__ == "__main__":
     peers.serve({f.__name__: f for f in (about, prepare, turn)})
