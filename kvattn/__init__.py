@@ -1,1 +1,6 @@
-"""kvattn: which attention gives a model the best quality for its KV-cache bytes."""
+"""kvattn: which attention gives a model the best quality for its KV-cache bytes, latency and hardware.
+
+Importing the package registers what it ships: attention families (kvattn.attention).
+"""
+
+from kvattn import attention as _attention  # noqa: F401

@@ -179,19 +179,21 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float
 
 
 def rope_table(rope: RopeConfig | None, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-    """cos, sin [B,T,R/2] float32 at absolute positions[B,T]; None for no rotation."""
+    """cos, sin [...,R/2] float32 at absolute positions[...]; None for no rotation."""
     if rope is None:
         return None
     freq, factor = rope_frequencies(rope, head_dim)
-    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(freq, jnp.float32)[None, None, :]
+    lead = (1,) * positions.ndim
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(freq, jnp.float32).reshape(*lead, -1)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array] | None, head_axis: int = 2) -> jax.Array:
-    """Rotates the first R dims of x (heads at `head_axis`, dims last), pairing dim i with i + R/2."""
+def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array] | None, head_axis: int | None = 2) -> jax.Array:
+    """Rotates the first R dims of x (heads at `head_axis`, dims last), pairing dim i with i + R/2. head_axis None: the
+    table has a dim for x's heads already."""
     if table is None:
         return x
-    cos, sin = (jnp.expand_dims(t, head_axis) for t in table)
+    cos, sin = table if head_axis is None else (jnp.expand_dims(t, head_axis) for t in table)
     half = cos.shape[-1]
     y = x.astype(jnp.float32)
     a, b, rest = y[..., :half], y[..., half : 2 * half], y[..., 2 * half :]

@@ -1,8 +1,8 @@
 """Axis C: which positions may be seen, as values that combine with & and |.
 
-A mask is called with two `Tokens` (queries, keys) and returns bool[B,T,S]. It sees absolute positions,
-never slot numbers, so full, ring, paged and evicted caches share it. Position -1 marks padding or an
-empty slot; it is never visible.
+A mask is called with two `Tokens` (queries, keys) and returns bool[B, 1 | K,T,S]: K where the heads of a cache hold
+different tokens. It sees absolute positions, never slot numbers, so full, ring, paged and kept caches share it.
+Position -1 marks padding or an empty slot; it is never visible.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from kvattn.config import MaskConfig
 
 
 class Tokens(NamedTuple):
-    """positions[B,T] int32 (-1 = nothing here) and, in packed batches, segments[B,T] int32."""
+    """positions int32 (-1 = nothing here): [B,T] of queries, [B, 1 | K,S] of keys; and, in packed batches, segments
+    int32 [B,T] or [B,S]."""
 
     positions: jax.Array
     segments: jax.Array | None = None
@@ -58,7 +59,7 @@ class Causal(Mask):
     """Key position <= query position."""
 
     def __call__(self, q, k):
-        return k.positions[:, None, :] <= q.positions[:, :, None]
+        return k.positions[:, :, None, :] <= q.positions[:, None, :, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Window(Mask):
     size: int
 
     def __call__(self, q, k):
-        return q.positions[:, :, None] - k.positions[:, None, :] < self.size
+        return q.positions[:, None, :, None] - k.positions[:, :, None, :] < self.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +79,9 @@ class Sinks(Mask):
     count: int
 
     def __call__(self, q, k):
-        return jnp.broadcast_to(
-            k.positions[:, None, :] < self.count, (k.positions.shape[0], q.positions.shape[1], k.positions.shape[1])
-        )
+        batch, heads, slots = k.positions.shape
+        early = k.positions[:, :, None, :] < self.count
+        return jnp.broadcast_to(early, (batch, heads, q.positions.shape[1], slots))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +89,16 @@ class Present(Mask):
     """Keys and queries that exist: neither padding nor an empty slot; same segment in packed batches."""
 
     def __call__(self, q, k):
-        seen = (k.positions[:, None, :] >= 0) & (q.positions[:, :, None] >= 0)
+        seen = (k.positions[:, :, None, :] >= 0) & (q.positions[:, None, :, None] >= 0)
         if q.segments is not None and k.segments is not None:
-            seen = seen & (q.segments[:, :, None] == k.segments[:, None, :])
+            seen = seen & (q.segments[:, None, :, None] == k.segments[:, None, None, :])
         return seen
 
 
 def from_config(mask: MaskConfig) -> Mask:
     """The mask of one layer."""
+    if mask.kind == "full":
+        return Present()
     seen = Causal() & Present()
     if mask.window:
         near = Window(mask.window)

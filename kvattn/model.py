@@ -6,58 +6,78 @@ outputs, caches = forward(params, cfg, Inputs(tokens), caches=caches)
 """
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kvattn import cache as caches_lib
 from kvattn import layers, masks, spec
-from kvattn.attention import VARIANTS
-from kvattn.attention.dispatch import Operand, attention
-from kvattn.attention.view import View, make_view
-from kvattn.config import ModelConfig
+from kvattn.attention import gate, segments
+from kvattn.attention.segments import Made, View, Where
+from kvattn.config import CacheConfig, ModelConfig, period
 from kvattn.errors import UserError
 from kvattn.spec import ParamSpec
-from sharding import own_group, reduce, reshard, settle
+from sharding import reduce, reshard, settle
+
+COLLECTED = ("attention", "inputs", "queries")
 
 
 @flax.struct.dataclass
 class Inputs:
     """tokens[B,T] int32; positions[B,T] int32 absolute, -1 = padding (None = 0..T-1); segment_ids[B,T] int32 of
-    packed batches, without caches only. `fresh`: the caches are empty (first prefill chunk), so attention stays
-    inside the chunk. `last_only`: logits of the last query position only, [B,1,W]."""
+    packed batches, without caches only. `empty`: the caches are empty (first prefill chunk), so attention stays
+    inside the chunk. `last_only`: logits of the last query position only, [B,1,W]. `commit` False: nothing is written
+    to the caches; Outputs.pending says what would be. `memory`[B,S,D], with positions memory_positions[B,S] (None =
+    0..S-1): an encoder's output, given to the first pass only where caches hold it afterwards."""
 
     tokens: jax.Array
     positions: jax.Array | None = None
     segment_ids: jax.Array | None = None
-    fresh: bool = flax.struct.field(pytree_node=False, default=False)
+    empty: bool = flax.struct.field(pytree_node=False, default=False)
     last_only: bool = flax.struct.field(pytree_node=False, default=False)
+    commit: bool = flax.struct.field(pytree_node=False, default=True)
+    memory: jax.Array | None = None
+    memory_positions: jax.Array | None = None
 
 
 @flax.struct.dataclass
 class Outputs:
-    """logits[B,T,W] float32; collected: name -> tuple over layers of what `collect` asked for."""
+    """logits[B,T,W] float32; collected: name -> tuple over layers of what `collect` asked for; pending: what a pass
+    that committed nothing would have written, for `commit`."""
 
     logits: jax.Array
-    collected: dict[str, tuple[jax.Array, ...]]
+    collected: dict[str, tuple[Any, ...]]
+    pending: Any = None
+
+
+@flax.struct.dataclass
+class Pending:
+    """What one owner's tokens would leave: entries [B,heads,T,dim], x[B,T,D] that states are made from anew."""
+
+    entries: dict[str, jax.Array]
+    x: jax.Array | None
 
 
 # --- parameters ----------------------------------------------------------------------------------------
 
 
 def layer_specs(cfg: ModelConfig, layer: int) -> dict[str, Any]:
-    """ParamSpecs of one block."""
-    out: dict[str, Any] = {"attn": VARIANTS[cfg.variant].param_specs(cfg, layer), "mlp": layers.mlp_specs(cfg)}
+    """ParamSpecs of one block; one without attention has no norm in front of it."""
+    owner = cfg.sources[layer] == layer
+    attn = cfg.attention(layer).param_specs(cfg, owner)
+    out: dict[str, Any] = {"mlp": layers.mlp_specs(cfg)} | ({"attn": attn} if attn else {})
     if cfg.norm_placement in ("pre", "both"):
-        out["attn_norm"] = layers.norm_specs(cfg)
+        if attn or cfg.residual == "parallel_palm":
+            out["attn_norm"] = layers.norm_specs(cfg)
         if cfg.residual != "parallel_palm":
             out["mlp_norm"] = layers.norm_specs(cfg)
     if cfg.norm_placement in ("post", "both"):
-        out["attn_post_norm"] = layers.norm_specs(cfg)
+        if attn:
+            out["attn_post_norm"] = layers.norm_specs(cfg)
         out["mlp_post_norm"] = layers.norm_specs(cfg)
-    if cfg.kv_norm and cfg.sources[layer] == layer:
+    if cfg.kv_norm and owner and attn:
         out["kv_norm"] = layers.norm_specs(cfg)
     return out
 
@@ -75,14 +95,14 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
     if not cfg.scan_layers:
         out["layers"] = tuple(layer_specs(cfg, layer) for layer in range(cfg.n_layers))
         return out
-    period = scan_period(cfg)
-    repeats = cfg.n_layers // period
+    size = period(cfg)
+    repeats = cfg.n_layers // size
     out["layers"] = tuple(
         spec.map_specs(
             lambda s: ParamSpec((repeats, *s.shape), ("layers", *s.axes), s.init, s.scale, s.fan_in),
             layer_specs(cfg, layer),
         )
-        for layer in range(period)
+        for layer in range(size)
     )
     return out
 
@@ -93,10 +113,16 @@ def init(rng: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> dict[str
     return stack_layers(params, cfg) if cfg.scan_layers else params
 
 
-def kv_specs(cfg: ModelConfig) -> tuple[dict[str, tuple[int, int]] | None, ...]:
-    """Per layer {leaf: (heads, dim)} for owners, None for layers that read another's cache."""
-    one = VARIANTS[cfg.variant].kv_spec(cfg)
-    return tuple(one if owner == layer else None for layer, owner in enumerate(cfg.sources))
+def leaves(cfg: ModelConfig) -> tuple[dict[str, Any] | None, ...]:
+    """Per layer {name: LeafSpec} of what an owner leaves in a cache, None for layers that own none."""
+    return tuple(cfg.attention(layer).leaves(cfg) if layer in cfg.owners else None for layer in range(cfg.n_layers))
+
+
+def create_caches(cfg: ModelConfig, store: CacheConfig, batch: int, capacity: int, tokens: Any = None) -> Any:
+    """Empty caches (kvattn.cache.create) once the second gate has said that cfg's kernels can serve them. Raises as
+    both."""
+    gate(cfg, store, capacity)
+    return caches_lib.create(cfg, store, batch, capacity, tokens)
 
 
 # --- forward -------------------------------------------------------------------------------------------
@@ -107,40 +133,59 @@ def forward(
 ) -> tuple[Outputs, Any]:
     """Logits of every position (or the last), and the caches with the tokens appended (None without caches).
 
-    `collect=("attention",)` also returns each layer's attention output [B,T,D] before the residual add.
-    Raises UserError for segment ids together with caches.
+    `collect` also returns, a tuple over layers each: `attention`, the output [B,T,D] before the residual add; `inputs`,
+    what the attention reads [B,T,D]; `queries` (softmax families), q[B,T,N,H]. Raises UserError for segment ids or a
+    memory where the model has no place for them.
     """
     x, caches, collected = hidden(params, cfg, inputs, caches=caches, collect=collect)
     if inputs.last_only:
         x = x[:, -1:]
-    return Outputs(unembed(params, cfg, x), collected), caches
+    pending = collected.pop("pending", None)
+    return Outputs(unembed(params, cfg, x), collected, pending), caches
 
 
 def hidden(
     params: dict[str, Any], cfg: ModelConfig, inputs: Inputs, *, caches: Any = None, collect: tuple[str, ...] = ()
-) -> tuple[jax.Array, Any, dict[str, tuple[jax.Array, ...]]]:
+) -> tuple[jax.Array, Any, dict[str, tuple[Any, ...]]]:
     """Final hidden states [B,T,D] after the last norm, the caches, and what was collected."""
+    _check(cfg, inputs, caches, collect)
+    x = layers.embed(params, cfg, inputs.tokens)
+    where = where_of(cfg, _positions(inputs.positions, inputs.tokens), inputs.segment_ids, inputs.empty, inputs.commit)
+    this = Pass(where)
+    if inputs.memory is not None:
+        at = _positions(inputs.memory_positions, inputs.memory[:, :, 0])
+        this = Pass(where, inputs.memory, where_of(cfg, at, None, True))
+    if cfg.scan_layers:
+        x, caches = _scan_layers(params["layers"], cfg, x, this, caches)
+        collected: dict[str, tuple[Any, ...]] = {}
+    else:
+        x, caches, collected = _loop_layers(params["layers"], cfg, x, this, caches, collect)
+    return layers.norm(params["final_norm"], cfg, x), caches, collected
+
+
+def _positions(given: jax.Array | None, like: jax.Array) -> jax.Array:
+    if given is not None:
+        return given
+    return jnp.broadcast_to(jnp.arange(like.shape[1], dtype=jnp.int32)[None, :], like.shape)
+
+
+def _check(cfg: ModelConfig, inputs: Inputs, caches: Any, collect: tuple[str, ...]) -> None:
+    if not cfg.layers:
+        raise UserError("model.layers is (); name the layers, or a checkpoint that has them.")
     if caches is not None and inputs.segment_ids is not None:
         raise UserError("segment_ids were given together with caches; packed batches have no cache, pass one of them.")
     for name in collect:
-        if name != "attention":
-            raise UserError(f"collect has {name!r}; only 'attention' can be collected.")
-    x = layers.embed(params, cfg, inputs.tokens)
-    positions = inputs.positions
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(inputs.tokens.shape[1], dtype=jnp.int32)[None, :], inputs.tokens.shape)
-    where = where_of(cfg, positions, inputs.segment_ids, inputs.fresh)
-    if cfg.scan_layers:
-        if collect or (caches is not None and not inputs.fresh):
-            raise UserError(
-                "model.scan_layers is True with filled caches or collect; use model.unstack_layers and "
-                "scan_layers False."
-            )
-        x, caches = _scan_layers(params["layers"], cfg, x, where, caches)
-        collected: dict[str, tuple[jax.Array, ...]] = {}
-    else:
-        x, caches, collected = _loop_layers(params["layers"], cfg, x, where, caches, collect)
-    return layers.norm(params["final_norm"], cfg, x), caches, collected
+        if name not in COLLECTED:
+            raise UserError(f"collect has {name!r}; choose from {', '.join(COLLECTED)}.")
+    reads = any(layer.reads == "memory" for layer in cfg.layers)
+    if inputs.memory is not None and not reads:
+        raise UserError("inputs have a memory and no layer of the model reads one; leave memory at None.")
+    if reads and inputs.memory is None and (caches is None or inputs.empty):
+        raise UserError("layers of the model read a memory and this pass has none to write; give inputs.memory.")
+    if cfg.scan_layers and (collect or reads or not inputs.commit or (caches is not None and not inputs.empty)):
+        raise UserError(
+            "model.scan_layers is True with filled caches or collect; use model.unstack_layers and scan_layers False."
+        )
 
 
 def unembed(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
@@ -148,55 +193,62 @@ def unembed(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array
     return layers.unembed(params, cfg, x)
 
 
-class Where(NamedTuple):
-    """Positions of a pass, in each layout that needs them: rope -> table where queries and where keys are made; the
-    tokens where they attend to a cache and to each other. `fresh`: the caches are empty."""
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What every layer is told: where the tokens are, and of a memory its values [B,S,D] and where those are."""
 
-    q_tables: dict[Any, Any]
-    k_tables: dict[Any, Any]
-    cached: masks.Tokens
-    together: masks.Tokens
-    fresh: bool
+    where: Where
+    memory: jax.Array | None = None
+    memory_where: Where | None = None
 
 
-def where_of(cfg: ModelConfig, positions: jax.Array, segment_ids: jax.Array | None, fresh: bool) -> Where:
+def where_of(
+    cfg: ModelConfig, positions: jax.Array, segment_ids: jax.Array | None, empty: bool, commit: bool = True
+) -> Where:
     """What the layers need to know of positions[B,T] (-1 = padding)."""
 
     def place(x, batch):
         return None if x is None else reshard(x, (None, None), (batch, None))
 
+    wanted = {(layer.rope, dim): None for layer in cfg.layers for dim in layer.attention.rotary_dims()}
+
     def tables(here):
-        return {rope: layers.rope_table(rope, cfg.head_dim, jnp.maximum(here, 0)) for rope in set(cfg.ropes)}
+        return {(rope, dim): layers.rope_table(rope, dim, jnp.maximum(here, 0)) for rope, dim in wanted}
 
     def tokens(batch):
         return masks.Tokens(place(positions, batch), place(segment_ids, batch))
 
-    q_here, k_here = place(positions, "act_batch"), place(positions, "k_batch")
+    q_here, made = place(positions, "act_batch"), tokens("k_batch")
     q_tables = tables(q_here)
-    k_tables = q_tables if k_here is q_here else tables(k_here)
-    return Where(q_tables, k_tables, tokens("attn_batch"), tokens("fresh_batch"), fresh)
+    k_tables = q_tables if made.positions is q_here else tables(made.positions)
+    return Where(q_tables, k_tables, made, tokens("fresh_batch"), tokens("attn_batch"), empty, commit)
 
 
-def _loop_layers(blocks, cfg, x, where, caches, collect):
+def _loop_layers(blocks, cfg, x, this, caches, collect):
     views: dict[int, View] = {}
     new_caches = list(caches) if caches is not None else None
-    gathered: list[jax.Array] = []
+    gathered: dict[str, list[Any]] = {name: [] for name in collect}
+    pending: list[Any] = [None] * cfg.n_layers
+    asked = (*collect, *(() if this.where.commit else ("pending",)))
 
     def block(params, x, cache, view, layer):
-        return _block(params, cfg, layer, x, where, cache, view)
+        return _block(params, cfg, layer, x, this, cache, view, asked)
 
     block = _rematerialised(block, cfg.remat)
     x = _open_residual(cfg, x)
     for layer, params in enumerate(blocks):
         owner = cfg.sources[layer]
         cache = caches[owner] if caches is not None and owner == layer else None
-        x, attended, view, cache = block(params, x, cache, views.get(owner), layer)
+        x, view, cache, seen = block(params, x, cache, views.get(owner), layer)
         views[owner] = view
         if new_caches is not None and owner == layer:
             new_caches[layer] = cache
-        if collect:
-            gathered.append(attended)
-    collected = {"attention": tuple(gathered)} if collect else {}
+        for name in collect:
+            gathered[name].append(seen[name])
+        pending[layer] = seen.get("pending")
+    collected = {name: tuple(values) for name, values in gathered.items()}
+    if not this.where.commit:
+        collected["pending"] = tuple(pending)
     return _close_residual(cfg, x), tuple(new_caches) if new_caches is not None else None, collected
 
 
@@ -216,8 +268,8 @@ def _close_residual(cfg: ModelConfig, x) -> jax.Array:
     return x[0] + x[1] if cfg.residual == "ladder" else x
 
 
-def _block(params, cfg, layer, x, where, cache, view):
-    """One block: returns (x, attention output [B,T,D], the view its readers share, the owner's new cache).
+def _block(params, cfg, layer, x, this, cache, view, asked=()):
+    """One block: returns (x, the view its readers share, the owner's new cache, what was asked for by name).
 
     A ladder (arXiv 2501.06589) adds every output one sub-module late: x_i = x_0 + sum of y_j, j <= i - 2, so that the
     sum of y_{i-1} over the chips runs beside sub-module i.
@@ -225,11 +277,12 @@ def _block(params, cfg, layer, x, where, cache, view):
     x, late = x if cfg.residual == "ladder" else (x, None)
     h = _enter(params, "attn_norm", cfg, x)
     h_kv = _enter(params, "kv_norm", cfg, x) if "kv_norm" in params else h
-    attended, view, cache = attend_layer(params["attn"], cfg, layer, h, h_kv, where, cache, view)
+    attended, view, cache, seen = attend_layer(params.get("attn", {}), cfg, layer, h, h_kv, this, cache, view, asked)
     if cfg.residual == "parallel_palm":  # one sum over the chips for both outputs
         out = _leave(layers.mlp(params["mlp"], cfg, h) + attended)
-        return x + out, attended, view, cache
+        return x + out, view, cache, _collected(seen, attended, asked)
     attended = _leave(attended, params, "attn_post_norm", cfg)
+    seen = _collected(seen, attended, asked)
     if cfg.residual == "serial":
         x = x + attended
     elif cfg.residual == "ladder":
@@ -237,9 +290,13 @@ def _block(params, cfg, layer, x, where, cache, view):
     out = layers.mlp(params["mlp"], cfg, _enter(params, "mlp_norm", cfg, x))
     out = _leave(out, params, "mlp_post_norm", cfg)
     if cfg.residual == "ladder":
-        return (x + attended, out), attended, view, cache
+        return (x + attended, out), view, cache, seen
     x = x + out if cfg.residual == "serial" else x + attended + out
-    return x, attended, view, cache
+    return x, view, cache, seen
+
+
+def _collected(seen: dict[str, Any], attended: jax.Array, asked: tuple[str, ...]) -> dict[str, Any]:
+    return seen | {"attention": attended} if "attention" in asked else seen
 
 
 def _enter(params, norm: str, cfg: ModelConfig, x: jax.Array) -> jax.Array:
@@ -254,38 +311,65 @@ def _leave(out: jax.Array, params: Any = (), norm: str = "", cfg: ModelConfig | 
     return layers.norm(params[norm], cfg, out) if norm in params else out
 
 
-def attend_layer(params, cfg, layer, h, h_kv, where, cache, view):
-    """Attention of one layer: h[B,T,D] (h_kv for K and V) -> ([B,T,D], view, cache).
+def attend_layer(params, cfg, layer, h, h_kv, this, cache, view, asked=()):
+    """Attention of one layer: h[B,T,D] (h_kv for K and V) -> ([B,T,D], view, cache, what was asked for).
 
     An owner produces entries and makes the view; a reader is given its owner's. The result is summed over the
     chips that split the heads by `sharding.reduce`.
     """
-    variant, rope = VARIANTS[cfg.variant], cfg.rope(layer)
-    q = variant.queries(params, cfg, h, where.q_tables[rope])
+    family, where, seen = cfg.attention(layer), this.where, {}
     if cfg.sources[layer] == layer:
-        entries = variant.entries(params, cfg, h_kv, where.k_tables[rope])
-        view, cache = make_view(entries, variant.kv_axes(cfg), where, cache)
-    together = not any(segment.split for segment in view)
-    tokens = where.together if together else where.cached
-    q = reshard(q, _MADE, _TOGETHER if together else _CACHED)
-    mask = masks.from_config(cfg.mask(layer))
-    operands = []
-    for segment in view:
-        k, v = variant.expand(cfg, layer, segment.entries, segment.tokens.positions, q.dtype)
-        if together:
-            k, v = (own_group(a, q.shape[2], "fresh_heads") for a in (k, v))
-        own = together and where.fresh
-        kv = None if segment.cache is None else variant.kernel_kv(cfg, segment.cache)
-        operands.append(Operand(k, v, mask(tokens, segment.tokens), segment.tokens, segment.split, own, kv))
-    context = attention(cfg, layer, q, tokens, operands)
-    return variant.output(params, cfg, reshard(context, _TOGETHER if together else _CACHED_OUT, _MADE)), view, cache
+        if cfg.layer(layer).reads == "memory":
+            view, cache = _memory(params, cfg, layer, this, cache)
+        else:
+            state = _state_before(cfg, layer, h_kv, cache)
+            made = family.entries(params, cfg, layer, h_kv, where, state)
+            view, cache = segments.view(family, cfg, cfg.layer(layer), made, where, cache)
+            if "pending" in asked:
+                seen["pending"] = Pending(made.entries, h_kv if made.state else None)
+    if "inputs" in asked:
+        seen["inputs"] = h
+    if "queries" in asked:
+        seen["queries"] = family.queries(params, cfg, layer, h, where)
+    return family.attend(params, cfg, layer, h, where, view), view, cache, seen
 
 
-# Axes of q and of the attention result [B,T,N,H]: as projected, over the tokens of the pass, over a cache.
-_MADE = ("act_batch", "act_length", "act_q_heads", "act_head_dim")
-_TOGETHER = ("fresh_batch", "act_length", "fresh_heads", "act_head_dim")
-_CACHED = ("attn_batch", "act_length", "attn_heads", "act_head_dim")
-_CACHED_OUT = ("attn_batch", "act_length", "attn_out_heads", "act_head_dim")
+def _state_before(cfg: ModelConfig, layer: int, x: jax.Array, cache: Any) -> dict[str, jax.Array]:
+    """The states [B, ...] that tokens x[B,T,D] meet: the cache's, or zeros."""
+    if cache is not None:
+        return {name: s for part, _ in caches_lib.parts(cache) for name, s in part.state.items()}
+    declared = caches_lib.states(cfg.attention(layer).leaves(cfg))
+    return {name: jnp.zeros((x.shape[0], *leaf.shape), leaf.dtype or jnp.float32) for name, leaf in declared.items()}
+
+
+def _memory(params, cfg, layer, this, cache):
+    """(view, cache) of a layer that reads a memory: written where this pass has one, read only where it has not."""
+    family, value = cfg.attention(layer), cfg.layer(layer)
+    if this.memory is None:
+        return segments.read_only(value, cache), cache
+    made = family.entries(params, cfg, layer, this.memory, this.memory_where, {})
+    return segments.view(family, cfg, value, made, this.memory_where, cache)
+
+
+def commit(
+    params: Any, cfg: ModelConfig, caches: Any, pending: Any, positions: jax.Array, accepted: jax.Array
+) -> tuple[Any, ...]:
+    """Caches with the first accepted[B] of a pass's T tokens at positions[B,T] written: what a pass with commit False
+    left in Outputs.pending. Rings and states, which cannot be truncated, go on from there too."""
+    kept = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :] < accepted[:, None]
+    at = jnp.where(kept, positions, -1)
+    where = where_of(cfg, at, None, False)
+    out = list(caches)
+    for layer in cfg.owners:
+        if pending[layer] is None:
+            continue
+        family, held = cfg.attention(layer), pending[layer]
+        made = Made(held.entries)
+        if held.x is not None:
+            state = _state_before(cfg, layer, held.x, caches[layer])
+            made = family.entries(params["layers"][layer]["attn"], cfg, layer, held.x, where, state)
+        _, out[layer] = segments.view(family, cfg, cfg.layer(layer), made, where, caches[layer])
+    return tuple(out)
 
 
 # --- scan over layers ----------------------------------------------------------------------------------
@@ -296,39 +380,20 @@ def unscanned(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, scan_layers=False)
 
 
-def scan_period(cfg: ModelConfig) -> int:
-    """Layers per scan step: masks, ropes and sharing groups must repeat with it, at least twice.
-
-    Raises UserError when no period works (for example sharing across the whole depth).
-    """
-    base = math.lcm(len(cfg.masks), len(cfg.ropes))
-    for period in range(base, cfg.n_layers // 2 + 1, base):
-        sources = cfg.sources
-        repeats = all(sources[i] - (i - i % period) == sources[i % period] for i in range(cfg.n_layers))
-        if cfg.n_layers % period == 0 and repeats:
-            return period
-    raise UserError(
-        f"model.scan_layers is True but masks, ropes and kv_source have no common period that repeats "
-        f"over n_layers = {cfg.n_layers}; set scan_layers to False."
-    )
-
-
 def stack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     """Loop layout -> scan layout: layers[i] holds layers i, i+period, ... stacked."""
-    period = scan_period(cfg)
-    stacked = tuple(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"][i::period]) for i in range(period)
-    )
+    size = period(cfg)
+    stacked = tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"][i::size]) for i in range(size))
     return {**params, "layers": stacked}
 
 
 def unstack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
     """Scan layout -> loop layout; the inverse of `stack_layers`."""
-    period = scan_period(cfg)
+    size = period(cfg)
     return {
         **params,
         "layers": tuple(
-            jax.tree.map(lambda leaf, n=layer // period: leaf[n], params["layers"][layer % period])
+            jax.tree.map(lambda leaf, n=layer // size: leaf[n], params["layers"][layer % size])
             for layer in range(cfg.n_layers)
         ),
     }
@@ -336,33 +401,33 @@ def unstack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
 
 def stack_caches(caches: Any, cfg: ModelConfig) -> Any:
     """Caches by layer -> as a scan takes them: one entry per position in the period, leaves [L/period, ...]."""
-    period = scan_period(cfg)
-    return tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches[i::period]) for i in range(period))
+    size = period(cfg)
+    return tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches[i::size]) for i in range(size))
 
 
 def unstack_caches(caches: Any, cfg: ModelConfig) -> Any:
     """The inverse of `stack_caches`."""
-    period = scan_period(cfg)
+    size = period(cfg)
     return tuple(
-        jax.tree.map(lambda leaf, n=layer // period: leaf[n], caches[layer % period]) for layer in range(cfg.n_layers)
+        jax.tree.map(lambda leaf, n=layer // size: leaf[n], caches[layer % size]) for layer in range(cfg.n_layers)
     )
 
 
-def _scan_layers(stacked, cfg, x, where, caches):
+def _scan_layers(stacked, cfg, x, this, caches):
     """The blocks as a scan over periods. Caches (`stack_caches`) are filled, not read: a first prefill."""
-    period = scan_period(cfg)
-    empty = caches if caches is not None else (None,) * period
+    size = period(cfg)
+    empty = caches if caches is not None else (None,) * size
 
     def body(x, inputs):
         views: dict[int, View] = {}
         filled = []
         for layer, (params, cache) in enumerate(zip(*inputs, strict=True)):
             owner = cfg.sources[layer]
-            x, _, views[owner], cache = _block(params, cfg, layer, x, where, cache, views.get(owner))
+            x, views[owner], cache, _ = _block(params, cfg, layer, x, this, cache, views.get(owner))
             filled.append(cache)
         return x, tuple(filled)
 
-    assert len(stacked) == period
+    assert len(stacked) == size
     if cfg.remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
         body = jax.checkpoint(body, policy=policy)

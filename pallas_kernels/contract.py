@@ -39,13 +39,14 @@ class Partial(NamedTuple):
 class Leaf:
     """One leaf of a cache. `values`: [B,heads,S,dim], or with `lanes` [B,heads,dim,S]; in pages [pages,heads,P,dim] or
     [pages,heads,dim,P]. `scale`: None, or float32 [B,heads,S] ([pages,heads,P]) that multiplies a token's values, or
-    float32 [B,heads,1,dim] (`channel`) that multiplies a channel of all tokens. Slots that hold no token hold finite
-    values."""
+    float32 [B,heads,1,dim] (`channel`) that multiplies a channel of all tokens. `encoding`: hashable, where values and
+    scale mean something else, which kernels refuse. Slots that hold no token hold finite values."""
 
     values: Any
     scale: Any = None
     lanes: bool = dataclasses.field(default=False, metadata={"static": True})
     channel: bool = dataclasses.field(default=False, metadata={"static": True})
+    encoding: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def heads(self) -> int:
@@ -146,6 +147,8 @@ def problem(q: jax.Array, kv: KV, options: Options) -> Problem:
     batch, tokens, heads, dim = q.shape
     v = kv.k if kv.v is None else kv.v
     for name, leaf in (("K", kv.k), ("V", v)):
+        if leaf.encoding is not None:
+            raise KernelError(f"{name} is held in an encoding of its own ({leaf.encoding}), which no kernel reads; use xla.")
         if heads % leaf.heads:
             raise KernelError(f"{name} has {leaf.heads} heads, which do not divide the {heads} query heads.")
         if leaf.slots != kv.k.slots:

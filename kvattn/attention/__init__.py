@@ -1,27 +1,9 @@
-"""Axis A: the projections a config can name in `model.variant`."""
+"""Axis A: the attention families, a file each. Importing this registers them; a line here is all that a new one needs
+beside its file."""
 
-import dataclasses
-from collections.abc import Callable
+from kvattn.attention.dispatch import gate
+from kvattn.attention.family import Family, Softmax
+from kvattn.attention.heads import Heads
+from kvattn.attention.none import NoAttention
 
-from kvattn.attention import heads
-
-
-@dataclasses.dataclass(frozen=True)
-class Projection:
-    """What a variant must provide; caches, masks, kernels and sharding know nothing else about it."""
-
-    param_specs: Callable
-    kv_spec: Callable
-    kv_axes: Callable
-    queries: Callable
-    entries: Callable
-    expand: Callable
-    kernel_kv: Callable
-    output: Callable
-
-
-def _from_module(module) -> Projection:
-    return Projection(**{field.name: getattr(module, field.name) for field in dataclasses.fields(Projection)})
-
-
-VARIANTS = {"heads": _from_module(heads)}
+__all__ = ["Family", "Heads", "NoAttention", "Softmax", "gate"]

@@ -18,7 +18,7 @@ def attend_partial(
 ) -> Partial:
     """Softmax attention with its statistics.
 
-    q[B,T,N,H], k[B,K,S,H], v[B,M,S,V], mask bool[B,T,S]. K and M divide N; query head n reads key head
+    q[B,T,N,H], k[B,K,S,H], v[B,M,S,V], mask bool[B, 1 | K,T,S]. K and M divide N; query head n reads key head
     n // (N/K) and value head n // (N/M), so K and M may differ (DiffQKV, arXiv 2501.13629). Nothing is repeated.
     Scores, softmax and sums are float32; the probabilities are cast to v's dtype for the second matmul.
 
@@ -36,7 +36,7 @@ def attend_partial(
     if k.scale is not None and not k.channel:
         scores = scores * k.scale[:, :, None, :]
     scores = soft_cap(scores, cap).reshape(batch, n, length, k.slots)
-    seen = mask[:, None, :, :]
+    seen = mask if mask.shape[1] == 1 else jnp.repeat(mask, n // mask.shape[1], axis=1)
     scores = jnp.where(seen, scores, NEGATIVE)
     top = jax.lax.stop_gradient(scores.max(-1))
     weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0.0)

@@ -4,18 +4,19 @@
     splash    jax's TPU kernel: causal or windowed, soft cap, packed segments, its own backward pass
     tokamax   the op of that package (Mosaic GPU, splash, ...), where it is installed
 
-Each has `..._supports(cfg) -> None or why not`; what only shows with the arrays raises UserError as they are traced.
-A pass over a cache is the decode kernels' work (pallas_kernels/). `op` is the one Operand of the pass.
+Each has `..._supports(shape, mask) -> None or why not`, asked of every layer; what only shows with the arrays raises
+UserError as they are traced. A pass over a cache is the decode kernels' work (pallas_kernels/). `op` is the one Operand
+of the pass, its K and V whole arrays.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kvattn.attention import target
-from kvattn.config import ModelConfig
+from kvattn.attention.operand import Operand, SoftmaxShape
+from kvattn.config import MaskConfig
 from kvattn.errors import UserError
 from kvattn.masks import Tokens
 from pallas_kernels.tpu.tuning import LANES
@@ -28,9 +29,9 @@ _Q = ("fresh_batch", "act_length", "fresh_heads", "act_head_dim")
 _IDS = ("fresh_batch", "act_length")
 
 
-def _axes(op: Any, *last: tuple) -> tuple:
+def _axes(op: Operand, *last: tuple) -> tuple:
     """Logical axes of (q, k, v, last): a chip holds the K/V heads of its query heads, or the only one."""
-    split = ["fresh_heads" if x.shape[1] > 1 else None for x in (op.k, op.v)]
+    split = ["fresh_heads" if x.heads > 1 else None for x in (op.k, op.v)]
     kv = [("fresh_batch", heads, "act_length", "act_head_dim") for heads in split]
     return (_Q, *kv, *last)
 
@@ -44,27 +45,31 @@ def _segment_ids(tokens: Tokens) -> jax.Array:
 # --- cuDNN ----------------------------------------------------------------------------------------------
 
 
-def cudnn_supports(cfg: ModelConfig) -> str | None:
-    if cfg.n_k_heads != cfg.n_v_heads or cfg.head_dim != cfg.v_head_dim:
+def cudnn_supports(shape: SoftmaxShape, mask: MaskConfig) -> str | None:
+    if shape.k_heads != shape.v_heads or shape.key_dim != shape.value_dim:
         return "cuDNN needs K and V of equal heads and width"
-    if cfg.attn_soft_cap:
+    if shape.cap:
         return "cuDNN has no attention soft cap"
-    if any(mask.sinks for mask in cfg.masks):
+    if mask.sinks:
         return "cuDNN has no attention sinks"
-    if cfg.head_dim % 8 or cfg.head_dim > 256:
-        return f"cuDNN needs head_dim divisible by 8 and at most 256, not {cfg.head_dim}"
-    return None
+    if shape.key_dim % 8 or shape.key_dim > 256:
+        return f"cuDNN needs head_dim divisible by 8 and at most 256, not {shape.key_dim}"
+    return _causal("cuDNN", mask)
 
 
-def cudnn(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, op: Any) -> jax.Array:
+def _causal(name: str, mask: MaskConfig) -> str | None:
+    return None if mask.kind == "causal" else f"{name} is called for causal masks, not {mask.kind!r}"
+
+
+def cudnn(q_tokens: Tokens, op: Operand, mask: MaskConfig) -> jax.Array:
     """q[B,T,N,H] -> [B,T,N,H]. Rows may be padded on either side: they are turned so that padding comes last, as cuDNN
     takes a length a row. Raises UserError off the GPU, for float32, and for packed segments."""
     target.need("model.kernel", "cudnn", "gpu")
+    q, window = op.q, mask.window
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise UserError(f"model.kernel is 'cudnn' with {q.dtype} activations; use bfloat16 or kernel xla.")
     if q_tokens.segments is not None:
         raise UserError("model.kernel is 'cudnn', which has no packed segments; use xla, splash or tokamax.")
-    window = cfg.mask(layer).window
 
     def run(q, k, v, positions):
         live = positions >= 0
@@ -76,7 +81,7 @@ def cudnn(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, op: Any)
             q,
             k,
             v,
-            scale=cfg.scale,
+            scale=op.scale,
             is_causal=True,
             key_value_seq_lengths=lengths,
             query_seq_lengths=lengths,
@@ -85,7 +90,7 @@ def cudnn(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, op: Any)
         )
         return _take(out, jnp.argsort(at % q.shape[1], axis=1))
 
-    return per_chip(run, _axes(op, _IDS), _Q)(q, op.k, op.v, q_tokens.positions)
+    return per_chip(run, _axes(op, _IDS), _Q)(q, op.k.values, op.v.values, q_tokens.positions)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -96,21 +101,20 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 # --- splash ---------------------------------------------------------------------------------------------
 
 
-def splash_supports(cfg: ModelConfig) -> str | None:
-    if cfg.n_k_heads != cfg.n_v_heads:
+def splash_supports(shape: SoftmaxShape, mask: MaskConfig) -> str | None:
+    if shape.k_heads != shape.v_heads:
         return "splash needs K and V of equal heads"
-    if any(mask.sinks for mask in cfg.masks):
+    if mask.sinks:
         return "splash sees indices, not positions, so it has no attention-sink tokens"
-    return None
+    return _causal("splash", mask)
 
 
-def splash(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, op: Any) -> jax.Array:
+def splash(q_tokens: Tokens, op: Operand, mask: MaskConfig) -> jax.Array:
     """q[B,T,N,H] -> [B,T,N,V]; T is padded to a multiple of 128. Raises UserError off the TPU."""
     target.need("model.kernel", "splash", "tpu")
-    window, cap = cfg.mask(layer).window, cfg.attn_soft_cap
-    static = {"scale": cfg.scale, "window": window, "cap": cap, "interpret": bool(target.interpret())}
+    static = {"scale": op.scale, "window": mask.window, "cap": op.cap, "interpret": bool(target.interpret())}
     kernel = functools.partial(_splash_rows, **static)
-    return per_chip(kernel, _axes(op, _IDS), _Q)(q, op.k, op.v, _segment_ids(q_tokens))
+    return per_chip(kernel, _axes(op, _IDS), _Q)(op.q, op.k.values, op.v.values, _segment_ids(q_tokens))
 
 
 def _splash_rows(q, k, v, ids, *, scale: float, window: int, cap: float, interpret: bool) -> jax.Array:
@@ -150,30 +154,30 @@ def _splash_rows(q, k, v, ids, *, scale: float, window: int, cap: float, interpr
 # --- tokamax --------------------------------------------------------------------------------------------
 
 
-def tokamax_supports(cfg: ModelConfig) -> str | None:
-    if cfg.n_k_heads != cfg.n_v_heads:
+def tokamax_supports(shape: SoftmaxShape, mask: MaskConfig) -> str | None:
+    if shape.k_heads != shape.v_heads:
         return "tokamax needs K and V of equal heads"
-    return None
+    return _causal("tokamax", mask)
 
 
-def tokamax(cfg: ModelConfig, layer: int, q: jax.Array, q_tokens: Tokens, op: Any) -> jax.Array:
+def tokamax(q_tokens: Tokens, op: Operand, mask: MaskConfig) -> jax.Array:
     """q[B,T,N,H] -> [B,T,N,V] with the implementation tokamax prefers on the platform. Raises UserError where the
     package is not installed."""
     try:
         import tokamax as lib
     except ImportError as error:
         raise UserError("model.kernel is 'tokamax', which is not installed; pip install it, or use xla.") from error
-    cap = cfg.attn_soft_cap
 
-    def run(q, k, v, mask):
+    def run(q, k, v, seen):
         return lib.dot_product_attention(
             q,
             k.swapaxes(1, 2),
             v.swapaxes(1, 2),
-            mask=mask[:, None],
-            scale=cfg.scale,
+            mask=seen,
+            scale=op.scale,
             is_causal=True,
-            logits_soft_cap=cap or None,
+            logits_soft_cap=op.cap or None,
         )
 
-    return per_chip(run, _axes(op, (*_IDS, None)), _Q)(q, op.k, op.v, op.mask)
+    axes = _axes(op, (_IDS[0], None, _IDS[1], None))
+    return per_chip(run, axes, _Q)(op.q, op.k.values, op.v.values, op.mask)

@@ -1,18 +1,51 @@
-"""Axis D: caches as values. `create`, `append`, `read`; see base.py for the contract."""
+"""Axis D: caches as values, leaves x an address. `create`, `append`, `read`, `truncate`; see store.py."""
 
-from kvattn.cache.base import Cache, append, axes, create, is_paged, kv, layout, nbytes, pool_pages, read, specs, stored
+from kvattn.cache.address import Address, Full, Kept, Paged, Ring
+from kvattn.cache.leaf import LeafSpec
+from kvattn.cache.leaf import per_sequence as states
+from kvattn.cache.leaf import per_token as token_leaves
+from kvattn.cache.store import (
+    Cache,
+    Groups,
+    append,
+    apply_pages,
+    axes,
+    check_store,
+    create,
+    is_paged,
+    layout,
+    nbytes,
+    parts,
+    pool_pages,
+    read,
+    specs,
+    stored,
+    truncate,
+)
 
 __all__ = [
+    "Address",
     "Cache",
+    "Full",
+    "Groups",
+    "Kept",
+    "LeafSpec",
+    "Paged",
+    "Ring",
     "append",
+    "apply_pages",
     "axes",
+    "check_store",
     "create",
     "is_paged",
-    "kv",
     "layout",
     "nbytes",
+    "parts",
     "pool_pages",
     "read",
     "specs",
+    "states",
     "stored",
+    "token_leaves",
+    "truncate",
 ]

@@ -20,7 +20,9 @@ Arrays = dict[str, jax.Array]
 
 
 def write(held: Arrays, new: Arrays, axes: dict[str, int], rows: jax.Array | None, slots: jax.Array) -> Arrays:
-    """`held` with `new` at `slots`; in place under donation."""
+    """`held` with `new` at `slots`; in place under donation. slots[B,K,T] (and rows): heads have slots of their own."""
+    if slots.ndim == 3:
+        return _write_heads(axes, held, new, rows, slots)
     row_by_row, loop, scatter = (functools.partial(f, axes) for f in (_write_rows, _write_loop, _write_scatter))
     if slots.shape[1] > 1:
         return scatter(held, new, rows, slots)
@@ -93,4 +95,18 @@ def _write_scatter(axes: dict[str, int], held: Arrays, new: Arrays, rows: jax.Ar
             out[n] = leaf.at[first, :, slots].set(new[n].swapaxes(1, 2), mode="drop")
         else:
             out[n] = leaf.at[first, :, :, slots].set(jnp.moveaxis(new[n], 3, 1), mode="drop")
+    return out
+
+
+def _write_heads(axes: dict[str, int], held: Arrays, new: Arrays, rows: jax.Array | None, slots: jax.Array) -> Arrays:
+    """One scatter where every head has slots[B,K,T] of its own: into [B,K,S,...], or with rows[B,K,T] (pages of one
+    head each) into pools [pages,1,P,...]."""
+    batch, heads, _ = slots.shape
+    b, k = jnp.arange(batch)[:, None, None], jnp.arange(heads)[None, :, None]
+    first, head = (b, k) if rows is None else (rows, jnp.zeros_like(rows))
+    out = {}
+    for n, leaf in held.items():
+        values = jnp.moveaxis(new[n], axes[n], 2)  # [B,K,T,...]
+        at = (first, head, slots) if axes[n] == 2 else (first, head, slice(None), slots)
+        out[n] = leaf.at[at].set(values, mode="drop")
     return out

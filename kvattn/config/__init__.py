@@ -1,45 +1,60 @@
-"""Typed configuration: dataclasses (schema.py), what is legal (legality.py), the door from ml-collections (door.py)."""
+"""Typed configuration: frozen dataclasses, each with its own rules, and the door from ml-collections (door.py)."""
 
-from kvattn.config.door import from_config_dict, to_config_dict, validate
-from kvattn.config.schema import (
-    EXECUTION,
-    ROPE_SCALINGS,
-    CacheConfig,
+from kvattn.config.cache import CacheConfig, Encoding, Keep
+from kvattn.config.check import CODES
+from kvattn.config.door import from_config_dict, plain, to_config_dict, validate
+from kvattn.config.experiment import (
     CheckpointConfig,
-    ConvertConfig,
+    Conversion,
     DataConfig,
     DecodeConfig,
     DistillConfig,
     EvalConfig,
     Experiment,
-    MaskConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
-    RopeConfig,
     ShardingCellConfig,
     ShardingStudyConfig,
     StudyConfig,
     TrainConfig,
     VariantConfig,
+)
+from kvattn.config.model import (
+    EXECUTION,
+    ROPE_SCALINGS,
+    Attention,
+    HeadGroup,
+    Layer,
+    MaskConfig,
+    ModelConfig,
+    RopeConfig,
     executed,
+    layer_pattern,
+    period,
+    shortest,
 )
 
 __all__ = [
+    "CODES",
+    "EXECUTION",
+    "ROPE_SCALINGS",
+    "Attention",
     "CacheConfig",
     "CheckpointConfig",
-    "ConvertConfig",
+    "Conversion",
     "DataConfig",
     "DecodeConfig",
     "DistillConfig",
-    "EXECUTION",
+    "Encoding",
     "EvalConfig",
     "Experiment",
+    "HeadGroup",
+    "Keep",
+    "Layer",
     "MaskConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
-    "ROPE_SCALINGS",
     "RopeConfig",
     "ShardingCellConfig",
     "ShardingStudyConfig",
@@ -48,6 +63,10 @@ __all__ = [
     "VariantConfig",
     "executed",
     "from_config_dict",
+    "layer_pattern",
+    "period",
+    "plain",
+    "shortest",
     "to_config_dict",
     "validate",
 ]

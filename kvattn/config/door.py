@@ -1,37 +1,69 @@
 """The door: ml-collections in, frozen dataclasses out.
 
 A config file returns a locked `ConfigDict`; `from_config_dict` re-types it once into the frozen, hashable
-dataclasses of schema.py and validates it. Nothing past this door has to ask whether a combination is legal.
+dataclasses of this package and validates it. Nothing past this door has to ask whether a combination is legal.
+
+A member of an open set (an attention family, a conversion, a keep-policy) is held as its fields and its tag. A model
+also has one key for every field of its layers' families, unset: set, it changes that field in all layers that have it
+(`--config.model.n_k_heads=1`).
 """
 
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
-from kvattn.config import legality
-from kvattn.config.schema import Experiment
+from kvattn.config.experiment import Experiment
+from kvattn.config.model import Attention, MaskConfig, ModelConfig, RopeConfig, layer_pattern
+from kvattn.config.tagged import Tagged
 from kvattn.errors import UserError
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
     """A locked ConfigDict with the fields of a dataclass; the inverse of `from_config_dict`."""
     out = ml_collections.ConfigDict()
+    if isinstance(config, Tagged):
+        out[config.tag_field] = config.tag
     for field in dataclasses.fields(config):
-        out[field.name] = _to_plain(getattr(config, field.name))
+        out[field.name] = _to_dict(getattr(config, field.name), to_config_dict)
+    if isinstance(config, ModelConfig):
+        for name, kind in _family_fields(layer.attention for layer in config.layers).items():
+            out[name] = config_dict.placeholder(kind)
     out.lock()
     return out
 
 
-def _to_plain(value: Any) -> Any:
+def plain(config: Any) -> Any:
+    """A dataclass as nested dicts and tuples with the tags of open sets: what JSON files hold."""
+    if not dataclasses.is_dataclass(config):
+        return _to_dict(config, plain)
+    tag = {config.tag_field: config.tag} if isinstance(config, Tagged) else {}
+    return tag | {field.name: _to_dict(getattr(config, field.name), plain) for field in dataclasses.fields(config)}
+
+
+def _to_dict(value: Any, convert: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return to_config_dict(value)
+        return convert(value)
     if isinstance(value, tuple):
-        return tuple(_to_plain(item) for item in value)
+        return tuple(_to_dict(item, convert) for item in value)
     return value
+
+
+def _family_fields(attentions: Iterable[Any]) -> dict[str, type]:
+    """Name -> type of the simple fields of these families that no field of ModelConfig has already."""
+    own = {f.name for f in dataclasses.fields(ModelConfig)}
+    out: dict[str, type] = {}
+    for attention in attentions:
+        hints = typing.get_type_hints(type(attention))
+        for field in dataclasses.fields(attention):
+            if field.name not in own and hints[field.name] in (int, float, bool, str):
+                out[field.name] = hints[field.name]
+    return out
 
 
 def from_config_dict(config: Any, cls: type = Experiment) -> Any:
@@ -42,8 +74,13 @@ def from_config_dict(config: Any, cls: type = Experiment) -> Any:
     typed = _retype(config, cls, "config")
     if cls is Experiment:
         typed = _apply_shortcuts(typed)
-    validate(typed)
+    typed.check()
     return typed
+
+
+def validate(config: Any) -> None:
+    """Raises UserError for the first illegal field or combination of a config or one of its parts."""
+    config.check()
 
 
 def _apply_shortcuts(config: Experiment) -> Experiment:
@@ -91,13 +128,47 @@ def _retype_dataclass(value: Any, cls: type, where: str) -> Any:
         return value
     if not hasattr(value, "keys"):
         raise UserError(f"{where} is {value!r}; it takes the fields of {cls.__name__}.")
+    value = {key: value[key] for key in value.keys()}
+    if issubclass(cls, Tagged):
+        if cls.tag_field not in value:
+            raise UserError(f"{where}.{cls.tag_field} is missing; choose one of {', '.join(sorted(cls.members))}.")
+        cls = cls.known(value.pop(cls.tag_field), where)
+    if cls is ModelConfig:
+        return _retype_model(value, where)
+    return _fields(value, cls, where)
+
+
+def _fields(value: dict[str, Any], cls: type, where: str) -> Any:
     hints = typing.get_type_hints(cls)
-    for key in value.keys():
-        if key not in hints:
-            raise UserError(f"{where}.{key} is no field of {cls.__name__}{_nearest(key, list(hints))}.")
-    return cls(**{key: _retype(value[key], hints[key], f"{where}.{key}") for key in value.keys()})
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in value:
+        if key not in names:
+            raise UserError(f"{where}.{key} is no field of {cls.__name__}{_nearest(key, names)}.")
+    return cls(**{key: _retype(value[key], hints[key], f"{where}.{key}") for key in value})
 
 
-def validate(config: Any) -> None:
-    """Raises UserError for the first illegal combination in `config`, an Experiment or one of its parts."""
-    legality.check(config)
+def _retype_model(value: dict[str, Any], where: str) -> ModelConfig:
+    """A model, with what is set of its families' fields in all layers. The form before layers were values (one set of
+    heads, `masks` and `ropes` beside it) is read too."""
+    if "variant" in value or "ropes" in value or "masks" in value:
+        value = _with_layers(value, where)
+    own = {f.name for f in dataclasses.fields(ModelConfig)}
+    rest = {key: value.pop(key) for key in list(value) if key not in own}
+    cfg = _fields(value, ModelConfig, where)
+    known = _family_fields(layer.attention for layer in cfg.layers)
+    changes = {}
+    for key, item in rest.items():
+        if key not in known:
+            raise UserError(f"{where}.{key} is no field of ModelConfig{_nearest(key, [*own, *known])}.")
+        if item is not None:
+            changes[key] = _retype(item, known[key], f"{where}.{key}")
+    return cfg.replace(**changes) if changes else cfg
+
+
+def _with_layers(value: dict[str, Any], where: str) -> dict[str, Any]:
+    heads = Attention.known(value.pop("variant", "heads"), where)
+    names = [f.name for f in dataclasses.fields(heads)]
+    fields = {name: value.pop(name) for name in names if name in value}
+    masks = _retype(value.pop("masks", ()), tuple[MaskConfig, ...], f"{where}.masks")
+    ropes = _retype(value.pop("ropes", ({},)), tuple[RopeConfig | None, ...], f"{where}.ropes")
+    return value | {"layers": layer_pattern(_fields(fields, heads, where), masks, ropes)}

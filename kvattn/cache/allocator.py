@@ -1,4 +1,4 @@
-"""Pages: K and V of many sequences in one pool of fixed-size pages, given out by a table (arXiv 2309.06180).
+"""Pages on the host: who owns which page of a pool of fixed-size pages, given out by a table (arXiv 2309.06180).
 
     pool    leaf -> [pages, heads, P, dim] (along lanes [pages, heads, dim, P]; token scales [pages, heads, P])
     table   [B, n] int32, page of tokens [i P, (i + 1) P) of a row; 0 = none
@@ -13,18 +13,12 @@ A forked row shares the full pages of its source; the page that is partly writte
 forking: its next token is a write). Shared pages are full, hence never written again.
 """
 
-import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from kvattn.cache import quantized
 from kvattn.errors import UserError
-from pallas_kernels import Leaf
 
 
 class OutOfPages(UserError):
@@ -33,60 +27,6 @@ class OutOfPages(UserError):
 
 def pages_for(tokens: int, page: int) -> int:
     return -(-tokens // page)
-
-
-# --- on the device ---------------------------------------------------------------------------------------------
-
-
-def address(table: jax.Array, page: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(page[B,T], offset[B,T]) of positions[B,T]; offset `page` = do not write: padding, beyond the
-    table, or no page."""
-    index = positions // page
-    held = (positions >= 0) & (index < table.shape[1])
-    pages = jnp.take_along_axis(table, jnp.where(held, index, 0), axis=1)
-    held &= pages > 0
-    return jnp.where(held, pages, 0), jnp.where(held, positions % page, jnp.asarray(page, positions.dtype))
-
-
-def gather(entry: Any, table: jax.Array) -> Any:
-    """The pool's leaf as rows: [B,heads,n P,dim] (or lanes, with scales), pages in the table's order."""
-
-    def rows(pool, axis):  # [B,n,heads,...] -> n beside the slot axis, then merged with it
-        x = jnp.moveaxis(pool[table], 1, axis)
-        return x.reshape(*x.shape[:axis], x.shape[axis] * x.shape[axis + 1], *x.shape[axis + 2 :])
-
-    if not isinstance(entry, Leaf):
-        return rows(entry, 2)
-    scale = None if entry.scale is None else rows(entry.scale, 2)
-    return Leaf(rows(entry.values, 3 if entry.lanes else 2), scale, entry.lanes)
-
-
-@functools.partial(jax.jit, donate_argnames="caches")
-def _apply(caches: Any, table: jax.Array, length: jax.Array, source: jax.Array, target: jax.Array) -> Any:
-    def one(cache):
-        cache = cache.replace(length=cache.length.at[:].set(length))
-        if cache.table is None:
-            return cache
-        pools, _ = quantized.planes(cache.entries)
-        pools = {name: pool.at[target].set(pool[source]) for name, pool in pools.items()}
-        return cache.replace(entries=quantized.joined(pools, cache.entries), table=cache.table.at[:].set(table))
-
-    return tuple(None if cache is None else one(cache) for cache in caches)
-
-
-def apply(caches: Any, table: np.ndarray, length: Any, copies: Sequence[tuple[int, int]] = ()) -> Any:
-    """Caches with this table[B,n] and length[B] in every owner, after copying pages (from, to) as `Allocator.fork`
-    asks. The caches given are donated. Raises UserError for a fork of caches that are not all paged."""
-    if copies and any(cache is not None and cache.table is None for cache in caches):
-        raise UserError("a fork shares pages, and some layers of this cache have none; set cache.kinds to ('paged',).")
-    width = 1 << max(0, len(copies) - 1).bit_length()  # few shapes; what is left copies page 0 onto itself
-    pairs = np.zeros((width, 2), np.int32)
-    pairs[: len(copies)] = np.asarray(copies, np.int32).reshape(-1, 2)
-    length = jnp.asarray(np.asarray(length, np.int32))
-    return _apply(caches, jnp.asarray(table), length, jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1]))
-
-
-# --- on the host -----------------------------------------------------------------------------------------------
 
 
 class Allocator:
