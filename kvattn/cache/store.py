@@ -88,7 +88,12 @@ def is_paged(store: CacheConfig, owner: int) -> bool:
 def layout(cfg: ModelConfig, store: CacheConfig, owner: int, capacity: int) -> tuple[int, int, int]:
     """(slots of one row, ring, sinks) of an owner's cache for `capacity` tokens per sequence; ring 0 means that every
     token is kept. Slots are whole pages, or multiples of `store.multiple`."""
-    return _layout(store, kind_of(store, owner), [cfg.mask(reader) for reader in cfg.readers(owner)], capacity)
+    return slots_for(store, owner, [cfg.mask(reader) for reader in cfg.readers(owner)], capacity)
+
+
+def slots_for(store: CacheConfig, owner: int, masks: list[MaskConfig], capacity: int) -> tuple[int, int, int]:
+    """`layout` for given masks of everything that looks at the cache."""
+    return _layout(store, kind_of(store, owner), masks, capacity)
 
 
 def _layout(store: CacheConfig, kind: str, masks: list[MaskConfig], capacity: int) -> tuple[int, int, int]:
