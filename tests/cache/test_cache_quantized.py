@@ -257,7 +257,7 @@ def test_bad_stores_raise(changes, field):
 def test_what_a_model_has_no_leaf_for_raises():
     tied = tiny.CASES["tied_kv"]
     for changes, field in (({"layout": "v_lanes"}, "cache.layout"), ({"key_scale": "channel"}, "cache.key_scale")):
-        with pytest.raises(UserError, match=f"{field}.*tied_kv"):
+        with pytest.raises(UserError, match=f"{field}.*layer 0"):
             cache.create(tied, CacheConfig(dtype="int8", **changes), 1, 8)
 
 
