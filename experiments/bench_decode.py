@@ -12,8 +12,8 @@ import tempfile
 from absl import flags
 
 from configs import sizes
+from experiments.bench import comparison
 from experiments.bench import decode_shapes as decode_bench
-from experiments.bench import peers
 from experiments.common import cli
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "any checkpoint that kvattn reads")
@@ -36,7 +36,7 @@ def main() -> None:
         rows = dict(sizes.named(name) for name in SHAPES.value)
         decode_bench.run(
             rows,
-            default=str(peers.RESULTS / "bench_decode_shapes.json"),
+            default=str(comparison.RESULTS / "bench_decode_shapes.json"),
             output=OUTPUT.value,
             candidates=CANDIDATES.value,
             batch=BATCH.value,
@@ -49,7 +49,7 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         directory = f"{folder}/model"
-        team = peers.start(PYTHON.value)
+        team = comparison.start(PYTHON.value)
         need = PROMPT.value * max(map(int, BATCHES.value))
         about = {
             "kvattn_worker": team[0].ask(
@@ -59,7 +59,7 @@ def main() -> None:
         about |= {peer.name: peer.ask("load", checkpoint=directory)["versions"] for peer in team[1:]}
         for batch in map(int, BATCHES.value):
             work = (batch, PROMPT.value, NEW.value, directory)
-            results[f"batch {batch}"] = peers.compare_decode(team, ROUNDS.value, *work)
+            results[f"batch {batch}"] = comparison.compare_decode(team, ROUNDS.value, *work)
         for peer in team:
             peer.close()
     setting = {
@@ -70,7 +70,7 @@ def main() -> None:
         "rounds": ROUNDS.value,
         "peers": about,
     }
-    print(peers.save("bench_decode", setting, results))
+    print(comparison.save("bench_decode", setting, results))
 
 
 if __name__ == "__main__":

@@ -4,19 +4,19 @@
     python -m experiments.bench_kernels --sweep=bars         # the shapes of the project's bars, and a table of them
     python -m experiments.bench_kernels --plot               # plots of the JSON that is there, nothing measured
 
-Writes experiments/results/bench_kernels.json and its plots; on a CPU only --sweep=quick runs, and is no result.
+Writes experiments/results/bench_kernels.json, made of bench_kernels.jsonl (a line a row), and its plots; on a CPU only
+--sweep=quick runs, and is no result.
 """
 
 import importlib.util
 import pathlib
-import sys
 
 from absl import flags
 
+from experiments.bench import comparison
 from experiments.bench import kernel_plot as kernel_bench_plot
 from experiments.bench import kernel_report as kernel_bench_report
 from experiments.bench import kernels as kernel_bench
-from experiments.bench import peers
 from experiments.bench.kernel_shapes import SWEEPS
 from experiments.common import cli
 
@@ -28,7 +28,7 @@ ONLY = flags.DEFINE_string("only", "", "only rows whose name has this, e.g. int8
 PYTHON = flags.DEFINE_string("peer_python", "", "an interpreter that has torch; empty = this one")
 TORCH = flags.DEFINE_bool("torch", True, "measure torch's candidates where torch is")
 PLOT = flags.DEFINE_bool("plot", False, "draw the plots of the JSON and measure nothing")
-DEFAULT = peers.RESULTS / "bench_kernels.json"
+DEFAULT = comparison.RESULTS / "bench_kernels.json"
 
 
 def torch() -> kernel_bench.Torch:
@@ -36,7 +36,7 @@ def torch() -> kernel_bench.Torch:
         return kernel_bench.Torch(None, "left out by --notorch")
     if not PYTHON.value and importlib.util.find_spec("torch") is None:
         return kernel_bench.Torch(None, "torch is not installed here; --peer_python names an interpreter that has it")
-    return kernel_bench.Torch(lambda: peers.Peer("torch_attention_worker", PYTHON.value or sys.executable))
+    return kernel_bench.Torch(comparison.worker("torch_attention_worker", PYTHON.value))
 
 
 def main() -> int:

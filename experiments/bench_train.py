@@ -10,7 +10,7 @@ import tempfile
 
 from absl import flags
 
-from experiments.bench import peers
+from experiments.bench import comparison
 from experiments.common import cli
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "any checkpoint that kvattn reads")
@@ -25,7 +25,7 @@ PYTHON = flags.DEFINE_string("peer_python", "", "an interpreter that has torch a
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = f"{folder}/model"
-        exporter = peers.Peer("kvattn_worker")
+        exporter = comparison.worker("kvattn_worker")
         exporter.ask(
             "export",
             checkpoint=CHECKPOINT.value,
@@ -34,16 +34,16 @@ def main() -> None:
             tokens=BATCH.value * (LENGTH.value + 1),
         )
         exporter.close()
-        team = peers.start(PYTHON.value)
+        team = comparison.start(PYTHON.value)
         request = {"directory": directory, "batch": BATCH.value, "length": LENGTH.value, "learning_rate": RATE.value}
         about = {peer.name: peer.ask("train_setup", **request)["versions"] for peer in team}
-        first = peers.alternate(team, 1, "train_step_once")
-        runs = peers.alternate(team, ROUNDS.value, "train_step_once")
+        first = comparison.alternate(team, 1, "train_step_once")
+        runs = comparison.alternate(team, ROUNDS.value, "train_step_once")
         for peer in team:
             peer.close()
     results = {}
     for name, answers in runs.items():
-        results[name] = peers.medians(answers, "seconds")
+        results[name] = comparison.medians(answers, "seconds")
         results[name]["tokens_per_second"] = BATCH.value * LENGTH.value / results[name]["seconds"]
         results[name]["peak_memory_bytes"] = answers[-1]["peak_memory_bytes"]
         results[name]["losses"] = [answer["loss"] for answer in first[name] + answers]
@@ -64,7 +64,7 @@ def main() -> None:
         "rounds": ROUNDS.value,
         "peers": about,
     }
-    print(peers.save("bench_train", setting, results))
+    print(comparison.save("bench_train", setting, results))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Benchmarks against peers: each in a process of its own, taking turns on an otherwise idle machine.
+
+A worker (experiments/bench/peers/NAME.py) is a child process that answers (experiments/common/child.py). The driver
+asks peer after peer, round after round, in changing order, so that a machine that slows down slows both, and waits for
+each answer before it asks the next.
+"""
+
+import importlib.util
+import os
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+from experiments.common import machine
+from experiments.common.child import ROOT, Child
+from experiments.common.journal import write_whole
+
+RESULTS = ROOT / "experiments" / "results"
+
+
+def worker(name: str, python: str = "") -> Child:
+    """The worker experiments/bench/peers/NAME.py, of the interpreter `python` (this one)."""
+    return Child(f"experiments.bench.peers.{name}", python or sys.executable)
+
+
+def start(peer_python: str = "") -> list[Child]:
+    """kvattn, and transformers where this interpreter (or `peer_python`) has it."""
+    peers = [worker("kvattn_worker")]
+    if peer_python or (importlib.util.find_spec("transformers") and importlib.util.find_spec("torch")):
+        peers.append(worker("transformers_worker", peer_python))
+    else:
+        print("torch and transformers are not installed here: kvattn is measured alone (make bench installs them)")
+    return peers
+
+
+def alternate(peers: list[Child], rounds: int, op: str, **request: Any) -> dict[str, list[dict[str, Any]]]:
+    """`rounds` answers of every peer to the same request, taking turns, the order turned around every round."""
+    answers: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in peers}
+    for number in range(rounds):
+        for peer in peers if number % 2 == 0 else reversed(peers):
+            answers[peer.name].append(peer.ask(op, **request))
+    return answers
+
+
+def compare_decode(team: list[Child], rounds: int, batch: int, prompt: int, new: int, directory: str) -> dict[str, Any]:
+    """Decoding speed of every peer on the same prompts, in turns, with kvattn's fraction of the memory roofline; prints
+    a line."""
+    request = {"batch": batch, "prompt_tokens": prompt, "new": new, "directory": directory}
+    warm = alternate(team, 1, "generate", **request)
+    same = len({str(answers[0]["tokens"]) for answers in warm.values()}) == 1
+    runs = alternate(team, rounds, "generate", **request)
+    keys = ("tokens_per_second", "prefill_tokens_per_second")
+    entry: dict[str, Any] = {name: medians(a, *keys) for name, a in runs.items()}
+    roof = team[0].ask("roofline", batch=batch, context=prompt + new // 2)
+    speeds = {name: entry[name]["tokens_per_second"] for name in runs}
+    entry["kvattn_of_roofline"] = speeds["kvattn_worker"] / roof["tokens_per_second"]
+    entry |= {"roofline": roof, "same_tokens": same if len(team) > 1 else None}
+    if len(team) > 1:
+        entry["ratio"] = speeds["kvattn_worker"] / speeds["transformers_worker"]
+    line = "  ".join(f"{name.removesuffix('_worker')} {speed:.1f} tokens/s" for name, speed in speeds.items())
+    print(
+        f"batch {batch}: {line}  ratio {entry.get('ratio', float('nan')):.2f}  same tokens {same}  "
+        f"{entry['kvattn_of_roofline']:.0%} of the memory roofline",
+        flush=True,
+    )
+    return entry
+
+
+def medians(answers: list[dict[str, Any]], *keys: str) -> dict[str, Any]:
+    """{key: median, key_all: [every round]} of numeric answers."""
+    out: dict[str, Any] = {}
+    for key in keys:
+        values = [answer[key] for answer in answers]
+        out |= {key: statistics.median(values), f"{key}_all": values}
+    return out
+
+
+def save(name: str, setting: dict[str, Any], results: dict[str, Any]) -> pathlib.Path:
+    """Writes experiments/results/NAME.json: what was measured, when, where, with what, by which command."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    record = {
+        "benchmark": name,
+        "command": " ".join(["python", "-m", f"experiments.{name}", *sys.argv[1:]]),
+        **machine.describe(),
+        "load_average_at_end": load,
+        "setting": setting,
+        "results": results,
+    }
+    return write_whole(RESULTS / f"{name}.json", record)
