@@ -13,9 +13,7 @@ import pathlib
 
 from absl import flags
 
-from experiments.bench import comparison
-from experiments.bench import kernel_plot as kernel_bench_plot
-from experiments.bench import kernel_report as kernel_bench_report
+from experiments.bench import comparison, kernel_plot, kernel_report
 from experiments.bench import kernels as kernel_bench
 from experiments.bench.kernel_shapes import SWEEPS
 from experiments.common import cli
@@ -42,25 +40,18 @@ def torch() -> kernel_bench.Torch:
 def main() -> int:
     path = pathlib.Path(OUTPUT.value or DEFAULT)
     if PLOT.value:
-        print("\n".join(map(str, kernel_bench_plot.draw(kernel_bench_report.read(path), path))))
+        print("\n".join(map(str, kernel_plot.draw(kernel_report.read(path), path))))
         return 0
     team = torch()
-    record = kernel_bench.run(
-        SWEEP.value,
-        default=str(DEFAULT),
-        output=OUTPUT.value,
-        rounds=ROUNDS.value,
-        seconds=SECONDS.value,
-        only=ONLY.value,
-        torch=team,
-    )
+    asked = {flag.name: flag.value for flag in (OUTPUT, ROUNDS, SECONDS, ONLY)}
+    record = kernel_bench.run(SWEEP.value, default=str(DEFAULT), torch=team, **asked)
     team.close()
     if SWEEP.value == "bars":
-        print(kernel_bench_report.bars_table(record))
+        print(kernel_report.bars_table(record))
     if OUTPUT.value or record["accelerator"]:
-        print("\n".join(map(str, kernel_bench_plot.draw(record, path))))
-    return 1 if record["errors"] or any(map(kernel_bench_report.failed, record["rows"].values())) else 0
+        print("\n".join(map(str, kernel_plot.draw(record, path))))
+    return 1 if record["errors"] or any(map(kernel_report.failed, record["rows"].values())) else 0
 
 
 if __name__ == "__main__":
-    cli.run(main, config=False)
+    cli.run(main, "bench_kernels")

@@ -32,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, config=False)
+    cli.run(main, "bench_load")

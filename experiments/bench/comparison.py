@@ -10,6 +10,7 @@ import os
 import pathlib
 import statistics
 import sys
+import tempfile
 from typing import Any
 
 from experiments.common import machine
@@ -43,7 +44,33 @@ def alternate(peers: list[Child], rounds: int, op: str, **request: Any) -> dict[
     return answers
 
 
-def compare_decode(team: list[Child], rounds: int, batch: int, prompt: int, new: int, directory: str) -> dict[str, Any]:
+def decoding(
+    checkpoint: str,
+    text: str,
+    *,
+    batches: list[int],
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    peer_python: str = "",
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(setting, results) of decoding by every peer on the same weights and prompts; prints a line a batch size."""
+    results, team = {}, start(peer_python)
+    with tempfile.TemporaryDirectory() as folder:
+        directory, need = f"{folder}/model", prompt_tokens * max(batches)
+        made = team[0].ask("export", checkpoint=checkpoint, directory=directory, text=text, tokens=need)
+        about = {team[0].name: made["versions"]}
+        about |= {peer.name: peer.ask("load", checkpoint=directory)["versions"] for peer in team[1:]}
+        for batch in batches:
+            results[f"batch {batch}"] = _one_batch(team, rounds, batch, prompt_tokens, new_tokens, directory)
+        for peer in team:
+            peer.close()
+    lengths = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    setting = {"checkpoint": checkpoint, "dtype": "float32", **lengths, "rounds": rounds, "peers": about}
+    return setting, results
+
+
+def _one_batch(team: list[Child], rounds: int, batch: int, prompt: int, new: int, directory: str) -> dict[str, Any]:
     """Decoding speed of every peer on the same prompts, in turns, with kvattn's fraction of the memory roofline; prints
     a line."""
     request = {"batch": batch, "prompt_tokens": prompt, "new": new, "directory": directory}
@@ -65,6 +92,41 @@ def compare_decode(team: list[Child], rounds: int, batch: int, prompt: int, new:
         flush=True,
     )
     return entry
+
+
+def training(
+    checkpoint: str, text: str, *, batch: int, length: int, learning_rate: float, rounds: int, peer_python: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(setting, results) of training steps by every peer on the same weights and batch; prints a line a peer."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory, need = f"{folder}/model", batch * (length + 1)
+        exporter = worker("kvattn_worker")
+        exporter.ask("export", checkpoint=checkpoint, directory=directory, text=text, tokens=need)
+        exporter.close()
+        team = start(peer_python)
+        request = {"directory": directory, "batch": batch, "length": length, "learning_rate": learning_rate}
+        about = {peer.name: peer.ask("train_setup", **request)["versions"] for peer in team}
+        first = alternate(team, 1, "train_step_once")
+        runs = alternate(team, rounds, "train_step_once")
+        for peer in team:
+            peer.close()
+    results = {}
+    for name, answers in runs.items():
+        entry = results[name] = medians(answers, "seconds")
+        entry["tokens_per_second"] = batch * length / entry["seconds"]
+        entry["peak_memory_bytes"] = answers[-1]["peak_memory_bytes"]
+        entry["losses"] = [answer["loss"] for answer in first[name] + answers]
+        print(
+            f"{name.removesuffix('_worker')}: {entry['tokens_per_second']:.1f} tokens/s, peak memory "
+            f"{entry['peak_memory_bytes'] / 2**20:.0f} MiB, losses {' '.join(f'{x:.4f}' for x in entry['losses'])}"
+        )
+    if len(results) > 1:
+        ours, theirs = results["kvattn_worker"], results["transformers_worker"]
+        results["ratio"] = {key: ours[key] / theirs[key] for key in ("tokens_per_second", "peak_memory_bytes")}
+        print("kvattn / transformers:", "  ".join(f"{k} {v:.2f}" for k, v in results["ratio"].items()))
+    sizes = {"batch": batch, "length": length}
+    setting = {"checkpoint": checkpoint, **sizes, "dtype": "float32", "rounds": rounds, "peers": about}
+    return setting, results
 
 
 def medians(answers: list[dict[str, Any]], *keys: str) -> dict[str, Any]:
