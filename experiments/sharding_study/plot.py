@@ -9,6 +9,7 @@ from experiments.sharding_study.cells import Cell
 from kvattn import plan
 from kvattn.config import Experiment
 from sharding import ShardingError, cost
+from sharding.cost.hardware import CHIPS
 from sharding.layout import layouts
 
 KV = ("replicated", "by_head:z", "by_head:yz", "by_head:xyz", "by_batch:z", "by_batch:yz", "by_batch:xyz", "by_seq:xyz")
@@ -224,7 +225,7 @@ def memory(cfg: Experiment, cells: list[Cell], lines: dict[str, list[Any]]):
             held, rest = plan_["arguments"] / GIB, (plan_["total"] - plan_["arguments"]) / GIB
             axes.barh(i + 0.2, held, 0.36, color=GREY)
             axes.barh(i + 0.2, rest, 0.36, left=held, color=PALE)
-        limit = cost.CHIPS[cell.chip].hbm_bytes / GIB
+        limit = CHIPS[cell.chip].hbm_bytes / GIB
         axes.plot([limit, limit], [i - 0.42, i + 0.42], color=LIMIT, lw=1.6)
         largest = max(left, done["memory"]["total"] / GIB if done else 0)
         axes.annotate(

@@ -73,7 +73,7 @@ class _Study:
             task = bar.add_task("predicting", total=len(self.cells))
             for cell in self.cells:
                 bar.update(task, description=cell.id)
-                if self.results.find("planned", cell=cell.id) is None:
+                if self.results.find(kind="planned", cell=cell.id) is None:
                     self.results.add(*answers.predict(self.cfg, cell))
                 bar.advance(task)
             todo = list(self._todo())
@@ -92,11 +92,11 @@ class _Study:
         seen = set()
         for cell, row in chosen if self.cfg.sharding_study.measure else ():
             key = answers.measured_key(self.cfg, cell, row)
-            if key not in seen and self.results.find("measured", key=key) is None:
+            if key not in seen and self.results.find(kind="measured", key=key) is None:
                 seen.add(key)
                 yield "measure", cell, row
         for cell, row in chosen if self.compiler is not None else ():
-            if self.results.find("compiled", cell=cell.id, layout=row["layout"], mesh=row["mesh"]) is None:
+            if self.results.find(kind="compiled", cell=cell.id, layout=row["layout"], mesh=row["mesh"]) is None:
                 yield "compile", cell, row
 
     def _chosen(self, cell: Cell) -> list[dict[str, Any]]:
