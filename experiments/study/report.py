@@ -1,7 +1,9 @@
-"""What a study leaves for people: the table, report.md and pareto.png, made from its records alone."""
+"""Report of a study for people: the table, report.md and pareto.png, made from its records alone."""
 
 import math
 import pathlib
+import shlex
+import sys
 from typing import Any
 
 import numpy as np
@@ -71,7 +73,7 @@ def rows_of(cfg: Experiment, records: list[dict[str, Any]], workdir: pathlib.Pat
 
 
 def nll_path(cfg: Experiment, workdir: pathlib.Path, phase: str, row: str) -> pathlib.Path:
-    """Where the per-token losses of a phase are kept; those after training carry the number of steps."""
+    """The file of a phase's per-token losses; after training its name carries the number of steps."""
     suffix = f"-{cfg.train.steps}" if phase == "after" else ""
     return workdir / "nll" / f"{row + '.' if row else ''}{phase}{suffix}.npy"
 
@@ -221,9 +223,6 @@ def _meaning(cfg: Experiment, rows: list[dict[str, Any]], reference: dict[str, A
 
 def command(cfg: Experiment) -> str:
     """The command that made this process, as typed."""
-    import shlex
-    import sys
-
-    if "study" not in pathlib.Path(sys.argv[0]).name:
+    if pathlib.Path(sys.argv[0]).parent.name != "study":  # python -m gives the package's __main__.py
         return f"experiments.study.run.run(cfg)  # workdir {cfg.workdir}"
     return "python -m experiments.study " + shlex.join(sys.argv[1:])
