@@ -113,9 +113,14 @@ def filled_caches(job: Job, seed: int = 0) -> tuple[Any, ...]:
 
 def state_of(job: Job, caches: Any) -> decode.State:
     """A state that is about to draw `steps` tokens after the first."""
-    held = jnp.full((job.batch,), job.context - job.steps, jnp.int32)
-    out = jnp.full((job.batch, job.steps + 1), -1, jnp.int32)
-    return decode.State(jnp.arange(job.batch, dtype=jnp.int32), held, jnp.int32(1), out, caches)
+    return decode.State(
+        token=jnp.arange(job.batch, dtype=jnp.int32),
+        position=jnp.full((job.batch,), job.context - job.steps, jnp.int32),
+        step=jnp.ones((job.batch,), jnp.int32),
+        done=jnp.zeros((job.batch,), bool),
+        out=jnp.full((job.batch, job.steps + 1), -1, jnp.int32),
+        caches=caches,
+    )
 
 
 @functools.cache

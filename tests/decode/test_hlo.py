@@ -2,7 +2,7 @@
 
 XLA inserts copies silently when an update and a read of one buffer cannot share it. A cache-sized copy per
 layer and token is as dear as reading the cache again, so its absence is asserted on the compiled text, for one
-step and for the whole prompt-to-text program, in every cache kind, dtype and kind of sharing.
+step, for the loop over steps and for the whole prompt-to-text program, in every cache kind, dtype and kind of sharing.
 """
 
 import collections
@@ -43,11 +43,24 @@ def lowered(program, name, store, batch, chunk=4):
     ints = jax.ShapeDtypeStruct((batch,), jnp.int32)
     if program is decode.decode_step_jit:
         return program.lower(params, cfg, ints, ints, caches), caches
+    if program is decode.advance_jit:
+        state = loop_state(caches, batch)
+        return program.lower(params, cfg, state, *_draws(batch), ints), caches
     prompt = jax.ShapeDtypeStruct((batch, 9), jnp.int32)
-    sampler = sampling.create(DecodeConfig(temperature=1.0, top_p=0.9), batch)
-    eos, until = jnp.asarray([1, 2], jnp.int32), jnp.int32(7)
-    args = (prompt, prompt, caches, sampler, eos, until)
+    args = (prompt, prompt, caches, *_draws(batch), jnp.int32(7))
     return program.lower(params, cfg, *args, chunk=chunk, width=16), caches
+
+
+def _draws(batch):
+    """A sampler that filters, and two end tokens."""
+    return sampling.create(DecodeConfig(temperature=1.0, top_p=0.9), batch), jnp.asarray([1, 2], jnp.int32)
+
+
+def loop_state(caches, batch):
+    """An abstract state of `batch` rows with room for 16 tokens each."""
+    ints = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    done, out = jax.ShapeDtypeStruct((batch,), bool), jax.ShapeDtypeStruct((batch, 16), jnp.int32)
+    return decode.State(token=ints, position=ints, step=ints, done=done, out=out, caches=caches)
 
 
 def leaf_sizes(caches):
@@ -72,6 +85,8 @@ def check(program, name, store, batch, chunk=4):
     low, caches = lowered(program, name, store, batch, chunk)
     compiled = low.compile()
     counters = sum(c.length.size * 4 for c in caches if c is not None)
+    if program is decode.advance_jit:  # token, position, step, done, out
+        counters += batch * (3 * 4 + 1 + 16 * 4)
     aliased = compiled.memory_analysis().alias_size_in_bytes
     assert aliased == cache.nbytes(caches) + counters, f"{aliased} bytes aliased"
     return copies_of(compiled.as_text(), leaf_sizes(caches))
@@ -81,6 +96,13 @@ def check(program, name, store, batch, chunk=4):
 @pytest.mark.parametrize(("name", "store"), CASES, ids=IDS)
 def test_a_step_copies_no_cache(name, store, batch):
     assert not check(decode.decode_step_jit, name, store, batch)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("name", "store"), CASES, ids=IDS)
+def test_a_loop_with_rows_apart_copies_no_cache(name, store, batch):
+    """`until` [B], a step count per row; the rest of the state is updated in place too."""
+    assert not check(decode.advance_jit, name, store, batch)
 
 
 @pytest.mark.parametrize(("name", "store"), CASES, ids=IDS)
