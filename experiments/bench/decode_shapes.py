@@ -116,9 +116,14 @@ def filled_caches(trial: Trial, seed: int = 0) -> tuple[Any, ...]:
 
 def state_of(trial: Trial, caches: Any) -> decode.State:
     """A state that is about to draw `steps` tokens after the first."""
-    held = jnp.full((trial.batch,), trial.context - trial.steps, jnp.int32)
-    out = jnp.full((trial.batch, trial.steps + 1), -1, jnp.int32)
-    return decode.State(jnp.arange(trial.batch, dtype=jnp.int32), held, jnp.int32(1), out, caches)
+    return decode.State(
+        token=jnp.arange(trial.batch, dtype=jnp.int32),
+        position=jnp.full((trial.batch,), trial.context - trial.steps, jnp.int32),
+        step=jnp.ones((trial.batch,), jnp.int32),
+        done=jnp.zeros((trial.batch,), bool),
+        out=jnp.full((trial.batch, trial.steps + 1), -1, jnp.int32),
+        caches=caches,
+    )
 
 
 @functools.cache
