@@ -1,10 +1,9 @@
 """The collectives of a pass, layout by layout: what each chip gathers, scatters and exchanges, in elements.
 
-They follow from the rule table of `sharding.layout.layouts` by one rule: an axis that a dim loses is an all-gather,
-one that a partial sum gains a reduce-scatter, one that goes from one dim to another an all-to-all, one that a whole
-dim gains is free; in the order of `sharding.layout.manual`, so that a pass moves here what the written-out program
-moves (a test compares the two, collective by collective). For the MLP this gives the closed forms of Pope et al.,
-arXiv 2211.05102, sections 3.1 to 3.3:
+The rule table of `sharding.layout.layouts` says how every array is split, and `sharding.layout.moves` which steps lead
+from one split to another: the list that the written-out program runs is the list that is counted here (a test compares
+the two, collective by collective). For the MLP this gives the closed forms of Pope et al., arXiv 2211.05102, sections
+3.1 to 3.3:
 
     >>> volume_elements("ws_2d", 1, 16384, 65536, (4, 4, 4)).total      # 2 (E/X + F/(YZ)) per token
     16384.0
@@ -13,14 +12,15 @@ Not modelled: the fixed latency of a collective, and q/k norms over all heads.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from sharding.cost.workload import Layer, Workload
 from sharding.layout import layouts
 from sharding.layout.layouts import AXES, Layout, parts
-from sharding.layout.rules import Rules, ShardingError
+from sharding.layout.moves import Axes, Names, Split, Step, any_order, moves
+from sharding.layout.rules import Rules, ShardingError, mesh_axes
 
 PURPOSES = ("ffn", "weights", "attention", "resharding", "kv", "merge", "norm", "logits")
 
@@ -163,50 +163,49 @@ def attention(work: Workload, layout: Layout, table: Rules, mesh, tokens: int, f
     """Queries and outputs of `tokens` = B x T tokens: partial sums, the way to the cache's layout and back, and the
     merge of partial softmaxes over kv_seq. `fresh`: attention inside the pass's own tokens."""
     rows, reduced = tokens * work.n_heads, table["act_embed"]
-    made = _place(table, batch="act_batch", heads="act_q_heads")
     here = rows / parts(table["act_batch"] + _without(table["act_q_heads"], reduced), mesh)
     out = [
         *_one("attention", "reduce_scatter", reduced, mesh, here * work.q_dim),
         *_one("attention", "all_gather", reduced, mesh, here * work.o_dim),
     ]
     score, value = rows * (work.score_dim or work.q_dim), rows * (work.value_dim or work.o_dim)
+    made, moved, merged = ("act_batch", "act_q_heads"), _Mover("resharding", table, mesh), _Mover("merge", table, mesh)
     if fresh:
-        there = _place(table, batch="fresh_batch", heads="fresh_heads")
-        return out + reshard("resharding", score, made, there, mesh) + reshard("resharding", value, there, made, mesh)
-    there, back = (_place(table, batch="attn_batch", heads=name) for name in ("attn_heads", "attn_out_heads"))
-    out += reshard("resharding", score, made, there, mesh, gather="merge" if layout.kv_seq else "")
+        there = ("fresh_batch", "fresh_heads")
+        return out + moved.reshard(score, made, there) + moved.reshard(value, there, made)
+    there, back = ("attn_batch", "attn_heads"), ("attn_batch", "attn_out_heads")
+    out += moved.reshard(score, made, there, gathers="merge" if layout.kv_seq else "")
     if layout.kv_seq:
         partial = rows / parts(table["attn_batch"] + table["attn_heads"], mesh)
         out += _one("merge", "all_reduce", layout.kv_seq, mesh, partial, dtype="float32", count=2)  # maxima and sums
-        out += reduce("merge", value, layout.kv_seq, there, back, mesh, dtype="float32")
-    return out + reshard("resharding", value, back, made, mesh)
+        orders = any_order(table, mesh, there, back)
+        out += merged.reduce(value, layout.kv_seq, merged.split(there), back, dtype="float32", orders=orders)
+    return out + moved.reshard(value, back, made)
 
 
 def kv(layer: Layer, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
     """New entries of an owner, from the projection to the cache: B x T tokens, `fresh` ones also to every query."""
-    out, reduced, gone = [], table["act_embed"], table["act_batch"]
+    out, moved = [], _Mover("kv", table, mesh)
     for name, heads, dim in layer.leaves:
         one, elements = ("v" if name == "v" else "k"), tokens * heads * dim
-        projected = {"batch": gone, "heads": _without(table[f"{one}_heads"], gone)}
-        made = _place(table, batch=f"{one}_batch", heads=f"act_{one}_heads")
-        out += reduce("kv", elements, reduced, projected, made, mesh)
-        out += reshard("kv", elements, made, _place(table, batch="cache_batch", heads="cache_heads"), mesh)
+        projected = (table["act_batch"], _without(table[f"{one}_heads"], table["act_batch"]))
+        made = (f"{one}_batch", f"act_{one}_heads")
+        out += moved.reduce(elements, table["act_embed"], projected, made)
+        out += moved.reshard(elements, made, ("cache_batch", "cache_heads"))
         if fresh:
-            out += reshard("kv", elements, made, _place(table, batch="fresh_batch", heads=f"fresh_{one}_heads"), mesh)
+            out += moved.reshard(elements, made, ("fresh_batch", f"fresh_{one}_heads"))
     return out
 
 
 def ends(work: Workload, table: Rules, mesh, batch: int, tokens: int) -> list[Collective]:
     """Embedding rows summed over the vocabulary's axes into the residual's layout; the last norm; the last tokens'
     residual gathered for the logits, whose partial sums are scattered in float32."""
-    rows = {"batch": (), "embed": table["embed"]}
-    residual = _place(table, batch="res_batch", embed="res_embed")
-    last = _place(table, batch="logit_batch", embed="logit_embed")
+    moved, residual, last = _Mover("logits", table, mesh), ("res_batch", "res_embed"), ("logit_batch", "logit_embed")
     logits = batch * work.vocab / parts(table["vocab"] + table["logit_batch"], mesh)
     return [
-        *reduce("logits", tokens * work.d_model, table["vocab"], rows, residual, mesh),
+        *moved.reduce(tokens * work.d_model, table["vocab"], ((), table["embed"]), residual),
         *norms(1, work, table, mesh, tokens),
-        *reshard("logits", batch * work.d_model, residual, last, mesh),
+        *moved.reshard(batch * work.d_model, residual, last),
         *_one("logits", "reduce_scatter", table["logit_embed"], mesh, logits, dtype="float32"),
     ]
 
@@ -218,81 +217,49 @@ def norms(count: int, work: Workload, table: Rules, mesh, tokens: int) -> list[C
     return _one("norm", "all_reduce", table["res_embed"], mesh, here, dtype="float32", count=means) if means else []
 
 
-# --- from one placement to another ---------------------------------------------------------------------
-
-Placement = dict[str, tuple[str, ...]]  # dim -> mesh axes that split it; both sides of a move name the same dims
+# --- from one layout to another ------------------------------------------------------------------------
 
 
-def reshard(
-    purpose: str, elements: float, have: Placement, want: Placement, mesh, *, gather: str = "", dtype: str = "act"
+@dataclasses.dataclass(frozen=True)
+class _Mover:
+    """Counts moves under one purpose, by one rule table on one mesh."""
+
+    purpose: str
+    table: Rules
+    mesh: Mapping[str, int]
+
+    def split(self, names: Names) -> Split:
+        return tuple(mesh_axes(self.table, name) for name in names)
+
+    def reshard(self, elements: float, have: Names, want: Names, *, gathers: str = "") -> list[Collective]:
+        """An array of `elements` from one tuple of logical axes to another; gathers are counted under `gathers` if
+        given."""
+        steps = moves(self.split(have), self.split(want), (), any_order(self.table, self.mesh, have, want))
+        return count(steps, elements, self.mesh, self.purpose, gathers=gathers)
+
+    def reduce(
+        self, elements: float, partial: Axes, have: Split, want: Names, *, dtype: str = "act", orders: Any = None
+    ) -> list[Collective]:
+        """A sum over `partial`, split as `have`, ended in the logical axes `want`."""
+        steps = moves(have, self.split(want), partial, orders or {})
+        return count(steps, elements, self.mesh, self.purpose, dtype=dtype)
+
+
+def count(
+    steps: Iterable[Step], elements: float, mesh: Mapping[str, int], purpose: str, *, gathers: str = "", dtype="act"
 ) -> list[Collective]:
-    """An array of `elements` from one placement to another, step for step as `manual.reshard`; gathers are counted
-    under `gather` if given."""
-    now, out = dict(have), []
-    wanted = {a for axes in want.values() for a in axes}
-    leaving = {a: dim for dim, axes in have.items() for a in axes if a not in want[dim]}
-
-    def here() -> float:
-        return elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
-
-    def gathered(dim: str, kept) -> None:
-        gone, now[dim] = _without(now[dim], kept), tuple(a for a in now[dim] if a in kept)
-        out.extend(_one(gather or purpose, "all_gather", gone, mesh, here(), dtype=dtype))
-
-    for dim in have:  # rows stay in blocks: what neither layout continues is gathered first
-        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(have[dim], want[dim], strict=False))
-        shared = tuple(a for a, _ in pairs)
-        if dim != "heads" and shared not in (tuple(have[dim]), tuple(want[dim])):
-            gathered(dim, shared)
-            leaving = {a: d for a, d in leaving.items() if d != dim or a in shared}
-    for dim in want:
-        added = list(_without(want[dim], now[dim]))
-        if added:
-            gathered(dim, wanted)
-        while added:
-            source = leaving.get(added[0])
-            run = [added.pop(0)]
-            if source is not None:
-                while added and leaving.get(added[0]) == source:
-                    run.append(added.pop(0))
-                gathered(source, wanted)
-                out += _one(purpose, "all_to_all", run, mesh, here(), dtype=dtype)
-                now[source] = _without(now[source], run)
-                leaving = {a: d for a, d in leaving.items() if a not in run}
-            now[dim] += tuple(run)
-    for dim in want:
-        gathered(dim, want[dim])
+    """The collectives among the steps of an array that has `elements` in all."""
+    out = []
+    for step in steps:
+        if step.kind != "slice":
+            split = step.then if step.kind == "all_gather" else step.have
+            here = elements / parts(tuple(a for axes in split for a in axes), mesh)
+            under = gathers if gathers and step.kind == "all_gather" else purpose
+            out += _one(under, step.kind, step.axes, mesh, here, dtype=dtype)
     return out
 
 
-def reduce(
-    purpose: str, elements: float, partial, have: Placement, want: Placement, mesh, *, dtype: str = "act"
-) -> list[Collective]:
-    """A sum over `partial` ended in another placement, step for step as `manual.reduce`."""
-    out = []
-    leaving = [a for dim, axes in have.items() for a in axes if a not in want[dim]]
-    if leaving:
-        first = {d: tuple(a for a in axes if a in have[d] or a in leaving) for d, axes in want.items()}
-        out, have = reshard(purpose, elements, have, first, mesh, dtype=dtype), first
-    now, scattered = dict(have), []
-    for dim in want:
-        held = [a for axes in now.values() for a in axes]
-        now[dim] += tuple(a for a in want[dim] if a not in partial and a not in held)
-        into = tuple(a for a in want[dim] if a in partial and a not in now[dim])
-        here = elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
-        out += _one(purpose, "reduce_scatter", into, mesh, here, dtype=dtype)
-        now[dim] = tuple(a for a in want[dim] if a in now[dim] + into) + _without(now[dim], want[dim])
-        scattered += into
-    here = elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
-    out += _one(purpose, "all_reduce", _without(partial, scattered), mesh, here, dtype=dtype)
-    return out + reshard(purpose, elements, now, want, mesh, dtype=dtype)
-
-
-def _place(table: Rules, **names: str) -> Placement:
-    return {dim: tuple(table[name]) for dim, name in names.items()}
-
-
-def _without(axes, gone) -> tuple[str, ...]:
+def _without(axes, gone) -> Axes:
     return tuple(a for a in axes if a not in gone)
 
 

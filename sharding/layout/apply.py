@@ -24,12 +24,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.layout import collective_matmul, layouts, manual
+from sharding.layout.moves import Axes, Names, Split, any_order
 from sharding.layout.rules import Rules, ShardingError, mesh_axes
 
 _LOOKUP = 1 << 27  # elements of looked-up rows a chip may hold at once
-
-_ANY_ORDER = ("attn_heads", "attn_out_heads")  # in which a chip's query heads attend
-Names = tuple[str | None, ...]  # logical axes, one a dim; None = not split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +36,11 @@ class _Context:
     rules: Rules
     overlap: str | None = None  # None: the compiler partitions
 
-    def split(self, names: Names) -> manual.Split:
+    def split(self, names: Names) -> Split:
         return tuple(() if n is None else mesh_axes(self.rules, n) for n in names)
 
-    def orders(self, have: Names, want: Names) -> dict[int, tuple[str, ...]]:
-        """For `manual.reshard`: query heads that attend to one K/V head may lie in any order while they do."""
-        dims = [d for d, pair in enumerate(zip(have, want, strict=True)) if any(n in _ANY_ORDER for n in pair)]
-        stored = mesh_axes(self.rules, "q_heads") if dims else ()
-        return {d: stored + tuple(a for a in self.mesh if a not in stored) for d in dims}
+    def orders(self, have: Names, want: Names) -> dict[int, Axes]:
+        return any_order(self.rules, self.mesh, have, want)
 
 
 _ACTIVE: contextvars.ContextVar[_Context | None] = contextvars.ContextVar("kvattn_rules", default=None)

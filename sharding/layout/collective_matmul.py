@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sharding.layout import layouts, manual
-from sharding.layout.manual import Axes, Split
+from sharding.layout.moves import Axes, Split, full_order
 
 OVERLAPS = ("none", "one_way", "two_way")
 UNROLLED = 16  # rings up to this many chips are written out; longer ones are a loop
@@ -44,7 +44,7 @@ def matmul(
     ahead = tuple(a for a in have[2] if a not in summed)
     if want is not None:  # rows that this chip will not keep are not multiplied
         for axis in [a for a in want[0] if a not in summed and all(a not in axes for axes in (*have, cols))]:
-            x = manual.slice_(x, 0, have[0], axis, want[0], mesh)
+            x = manual.slice_(x, 0, have[0], axis, full_order(have[0], want[0]), mesh)
             have = (tuple(a for a in want[0] if a in have[0] or a == axis), *have[1:])
     job = _Job(product, inner, mesh, overlap == "two_way")
     if overlap == "none":
