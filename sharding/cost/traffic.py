@@ -1,9 +1,9 @@
 """The collectives of a pass, layout by layout: what each chip gathers, scatters and exchanges, in elements.
 
-The rule table of `sharding.layout.layouts` says how every array is split, and `sharding.layout.moves` which steps lead
-from one split to another: the list that the written-out program runs is the list that is counted here (a test compares
-the two, collective by collective). For the MLP this gives the closed forms of Pope et al., arXiv 2211.05102, sections
-3.1 to 3.3:
+The rule table of `sharding.layout.torus_layouts` says how every array is split, and `sharding.layout.moves` which steps
+lead from one split to another: the list that the written-out program runs is the list that is counted here (a test
+compares the two, collective by collective). For the MLP this gives the closed forms of Pope et al., arXiv 2211.05102,
+sections 3.1 to 3.3:
 
     >>> volume_elements("ws_2d", 1, 16384, 65536, (4, 4, 4)).total      # 2 (E/X + F/(YZ)) per token
     16384.0
@@ -16,11 +16,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sharding.cost.workload import Layer, Workload
-from sharding.layout import layouts
-from sharding.layout.layouts import AXES, Layout, parts
+from sharding.cost.workload import Layer, Weight, Workload
 from sharding.layout.moves import Axes, Names, Split, Step, any_order, moves
 from sharding.layout.rules import Rules, ShardingError, mesh_axes
+from sharding.layout.torus_layouts import AXES, Layout, parts, rules
 
 PURPOSES = ("ffn", "weights", "attention", "resharding", "kv", "merge", "norm", "logits")
 
@@ -92,10 +91,11 @@ def volume_elements(
     mesh = sizes(mesh_shape)
     n = math.prod(mesh.values())
     dims = {"embed": d_model, "mlp": d_ff, "q_heads": n, "k_heads": 1, "v_heads": 1, "vocab": n, "batch": n}
-    table = layouts.rules(Layout(ffn), mesh, dims)
+    table = rules(Layout(ffn), mesh, dims)
     gates = 2 if gated else 1
-    found = [*residual_pair("ffn", table, mesh, tokens * d_model), *mlp(table, mesh, tokens, d_ff, gates)]
-    gathered = [*gather_weights(table, mesh, "mlp", (gates + 1) * d_model * d_ff)]
+    wide = tokens * d_ff
+    found = [*residual_pair("ffn", table, mesh, tokens * d_model), *mlp(table, mesh, gates * wide, wide)]
+    gathered = gather_weight(Weight((d_model, (gates + 1) * d_ff), ("embed", "mlp")), table, mesh)
     count = (lambda c: c.wire) if ring else (lambda c: c.count * c.elements)
     return Volume(sum(map(count, found)), sum(map(count, gathered)))
 
@@ -142,39 +142,56 @@ def residual_pair(purpose: str, table: Rules, mesh: Mapping[str, int], elements:
     ]
 
 
-def mlp(table: Rules, mesh: Mapping[str, int], tokens: float, d_ff: int, gates: int) -> list[Collective]:
-    """The hidden width: partial sums scattered after the input matmuls, gathered in front of the output one."""
-    here = tokens * d_ff / parts(table["act_batch"] + _without(table["act_mlp"], table["act_embed"]), mesh)
+def mlp(table: Rules, mesh: Mapping[str, int], made: float, taken: float) -> list[Collective]:
+    """The hidden width: partial sums of `made` elements scattered after the input matmuls, `taken` elements gathered in
+    front of the output one."""
+    split = parts(table["act_batch"] + _without(table["act_mlp"], table["act_embed"]), mesh)
     return [
-        *_one("ffn", "reduce_scatter", table["act_embed"], mesh, gates * here),
-        *_one("ffn", "all_gather", table["act_embed"], mesh, here),
+        *_one("ffn", "reduce_scatter", table["act_embed"], mesh, made / split),
+        *_one("ffn", "all_gather", table["act_embed"], mesh, taken / split),
     ]
 
 
-def gather_weights(table: Rules, mesh: Mapping[str, int], dim: str, elements: float) -> list[Collective]:
-    """A weight [D, `dim`] of `elements`, gathered over the axes that the batch is split over."""
-    stored, gone = table["embed"] + table[dim], table["act_batch"]
-    left = elements / parts(_without(stored, gone), mesh)
+def gather_weight(weight: Weight, table: Rules, mesh: Mapping[str, int]) -> list[Collective]:
+    """A weight gathered over the axes that the batch is split over."""
+    stored, gone = weight_split(weight, table), table["act_batch"]
+    left = weight.size / parts(_without(stored, gone), mesh)
     axes = [a for a in AXES if a in gone and a in stored]
     return _one("weights", "all_gather", axes, mesh, left, dtype="weight")
 
 
-def attention(work: Workload, layout: Layout, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
-    """Queries and outputs of `tokens` = B x T tokens: partial sums, the way to the cache's layout and back, and the
-    merge of partial softmaxes over kv_seq. `fresh`: attention inside the pass's own tokens."""
-    rows, reduced = tokens * work.n_heads, table["act_embed"]
-    here = rows / parts(table["act_batch"] + _without(table["act_q_heads"], reduced), mesh)
+def weight_split(weight: Weight, table: Rules) -> Axes:
+    """The mesh axes that a weight is stored over."""
+    return tuple(dict.fromkeys(a for axis in weight.axes for a in table[axis]))
+
+
+def projections(layer: Layer, table: Rules, mesh, tokens: int) -> list[Collective]:
+    """Queries and outputs of `tokens` = B x T tokens: partial sums over a split D scattered after the projections into
+    heads and summed after those into an unsplit width (a latent), heads gathered in front of the output projection.
+    Keys and values: `kv`."""
+    reduced, rows = table["act_embed"], table["act_batch"]
+    split = parts(rows + _without(table["act_q_heads"], reduced), mesh)
     out = [
-        *_one("attention", "reduce_scatter", reduced, mesh, here * work.q_dim),
-        *_one("attention", "all_gather", reduced, mesh, here * work.o_dim),
+        *_one("attention", "reduce_scatter", reduced, mesh, tokens * layer.read_into("q_heads") / split),
+        *_one("attention", "all_gather", reduced, mesh, tokens * layer.written_from("q_heads") / split),
     ]
-    score, value = rows * (work.score_dim or work.q_dim), rows * (work.value_dim or work.o_dim)
-    made, moved, merged = ("act_batch", "act_q_heads"), _Mover("resharding", table, mesh), _Mover("merge", table, mesh)
+    for weight in layer.mixers:
+        if weight.reads and not table[weight.heads] and weight.heads not in ("k_heads", "v_heads"):
+            out += _one("attention", "all_reduce", reduced, mesh, tokens * weight.width / parts(rows, mesh))
+    return out
+
+
+def attention(layer: Layer, layout: Layout, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
+    """The way of queries to the cache's layout and of results back, and the merge of partial softmaxes over kv_seq.
+    `fresh`: attention inside the pass's own tokens."""
+    rows, made = tokens * layer.n_heads, ("act_batch", "act_q_heads")
+    score, value = rows * layer.score_dim, rows * layer.value_dim
+    moved, merged = _Mover("resharding", table, mesh), _Mover("merge", table, mesh)
     if fresh:
         there = ("fresh_batch", "fresh_heads")
-        return out + moved.reshard(score, made, there) + moved.reshard(value, there, made)
+        return moved.reshard(score, made, there) + moved.reshard(value, there, made)
     there, back = ("attn_batch", "attn_heads"), ("attn_batch", "attn_out_heads")
-    out += moved.reshard(score, made, there, gathers="merge" if layout.kv_seq else "")
+    out = moved.reshard(score, made, there, gathers="merge" if layout.kv_seq else "")
     if layout.kv_seq:
         partial = rows / parts(table["attn_batch"] + table["attn_heads"], mesh)
         out += _one("merge", "all_reduce", layout.kv_seq, mesh, partial, dtype="float32", count=2)  # maxima and sums
@@ -184,13 +201,15 @@ def attention(work: Workload, layout: Layout, table: Rules, mesh, tokens: int, f
 
 
 def kv(layer: Layer, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
-    """New entries of an owner, from the projection to the cache: B x T tokens, `fresh` ones also to every query."""
+    """New entries of an owner, from the projection to the cache: B x T tokens, `fresh` ones also to every query. A leaf
+    that no projection of D leads to (a latent's) is whole on every chip; states stay where they are updated."""
     out, moved = [], _Mover("kv", table, mesh)
-    for name, heads, dim in layer.leaves:
-        one, elements = ("v" if name == "v" else "k"), tokens * heads * dim
-        projected = (table["act_batch"], _without(table[f"{one}_heads"], table["act_batch"]))
+    for leaf in layer.stored("token"):
+        one, elements = ("v" if leaf.role == "value" else "k"), tokens * leaf.size
         made = (f"{one}_batch", f"act_{one}_heads")
-        out += moved.reduce(elements, table["act_embed"], projected, made)
+        if layer.read_into(f"{one}_heads"):
+            projected = (table["act_batch"], _without(table[f"{one}_heads"], table["act_batch"]))
+            out += moved.reduce(elements, table["act_embed"], projected, made)
         out += moved.reshard(elements, made, ("cache_batch", "cache_heads"))
         if fresh:
             out += moved.reshard(elements, made, ("fresh_batch", f"fresh_{one}_heads"))
@@ -268,29 +287,31 @@ def of_pass(work: Workload, layout: Layout, table: Rules, mesh, *, batch: int, t
     rows, fresh = batch * tokens, tokens > 1 and tokens == context
     found: list[Collective] = ends(work, table, mesh, batch, rows)
     for layer in work.layers:
-        one = [
-            *residual_pair("ffn", table, mesh, rows * work.d_model),
-            *mlp(table, mesh, rows, work.d_ff, work.gates),
-            *attention(work, layout, table, mesh, rows, fresh),
-        ]
-        pair = residual_pair("attention", table, mesh, rows * work.d_model)
-        one += norms(layer.norms, work, table, mesh, rows)
-        one += [] if work.residual == "parallel" else pair
-        one += pair[:1] if layer.kv_norm else []  # the owner's K, V read the stream through a norm of their own
-        if layer.owner:
-            one += kv(layer, table, mesh, rows, fresh)
-        for dim, elements in (
-            ("mlp", layer.mlp_in),
-            ("mlp", layer.mlp_out),
-            ("q_heads", layer.q),
-            ("q_heads", layer.o),
-            ("k_heads", layer.k),
-            ("v_heads", layer.v),
-        ):
-            one += gather_weights(table, mesh, dim, elements) if elements else []
+        one = of_layer(layer, work, layout, table, mesh, rows, fresh)
         found += [dataclasses.replace(c, count=c.count * layer.count) for c in one]
     merged: dict[Collective, int] = {}
     for c in found:
         key = dataclasses.replace(c, count=1)
         merged[key] = merged.get(key, 0) + c.count
     return tuple(dataclasses.replace(c, count=count) for c, count in merged.items())
+
+
+def of_layer(
+    layer: Layer, work: Workload, layout: Layout, table: Rules, mesh, rows: int, fresh: bool
+) -> list[Collective]:
+    """The collectives of one layer for `rows` = B x T tokens."""
+    out = norms(layer.norms, work, table, mesh, rows)
+    if layer.mlp:
+        out += residual_pair("ffn", table, mesh, rows * work.d_model)
+        out += mlp(table, mesh, rows * layer.read_into("mlp"), rows * layer.written_from("mlp"))
+    pair = residual_pair("attention", table, mesh, rows * work.d_model) if layer.mixers else []
+    out += [] if work.residual == "parallel" and layer.mlp else pair
+    out += pair[:1] if layer.kv_norm else []  # the owner's K, V read the stream through a norm of their own
+    out += projections(layer, table, mesh, rows)
+    if layer.n_heads:
+        out += attention(layer, layout, table, mesh, rows, fresh)
+    if layer.owner:
+        out += kv(layer, table, mesh, rows, fresh)
+    for weight in layer.weights:
+        out += gather_weight(weight, table, mesh)
+    return out

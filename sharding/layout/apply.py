@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding.layout import collective_matmul, layouts, manual
+from sharding.layout import collective_matmul, manual, torus_layouts
 from sharding.layout.moves import Axes, Names, Split, any_order
 from sharding.layout.rules import Rules, ShardingError, mesh_axes
 
@@ -63,7 +63,7 @@ def partition_spec(axes: Names, rules: Rules, shape: tuple[int, ...], mesh: Mesh
             if mesh_axis in used:
                 raise ShardingError(f"axes {axes} put two dims on mesh axis {mesh_axis!r}; change one row.")
             used.add(mesh_axis)
-        parts = layouts.parts(target, mesh.shape)
+        parts = torus_layouts.parts(target, mesh.shape)
         if size % parts:
             raise ShardingError(
                 f"{name} is {size}, not divisible by {parts}, the size of mesh axes {target}; "
@@ -157,7 +157,7 @@ def offset(name: str, local: int) -> Any:
 def whole(name: str, local: int) -> int:
     """Size of the dim `name` of which a chip holds `local`."""
     active = _manual()
-    return local if active is None else local * layouts.parts(mesh_axes(active.rules, name), active.mesh)
+    return local if active is None else local * torus_layouts.parts(mesh_axes(active.rules, name), active.mesh)
 
 
 def merge_softmax(out: jax.Array, top: jax.Array, total: jax.Array, name: str, have: Names, want: Names) -> jax.Array:
@@ -186,7 +186,7 @@ def own_group(kv: jax.Array, q_heads: int, name: str) -> jax.Array:
     heads = kv.shape[1]
     if not over or heads == 1:
         return kv
-    total = q_heads * layouts.parts(over, active.mesh)
+    total = q_heads * torus_layouts.parts(over, active.mesh)
     group = total // heads  # query heads that read one K head
     if q_heads % group and group % q_heads:
         raise ShardingError(

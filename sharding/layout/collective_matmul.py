@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.layout import layouts, manual
+from sharding.layout import manual, torus_layouts
 from sharding.layout.moves import Axes, Split, full_order
 
 OVERLAPS = ("none", "one_way", "two_way")
@@ -85,7 +85,7 @@ class Ring:
     """The chips along `axes`, in the order in which they split a dim."""
 
     def __init__(self, axes: Axes, mesh: Mapping[str, int]):
-        self.axes, self.size = axes, layouts.parts(axes, mesh)
+        self.axes, self.size = axes, torus_layouts.parts(axes, mesh)
 
     @property
     def me(self) -> jax.Array:
@@ -159,7 +159,7 @@ def weight_ring(x: jax.Array, w: jax.Array, w_split: Split, gone: Axes, job: _Jo
     into = tuple(a for a in w_split[0] if a in axes)
     out = tuple(a for a in w_split[inner] if a in axes)
     ring, deep, wide = Ring(axes, mesh), w.shape[0], w.shape[inner]
-    ins, outs = layouts.parts(into, mesh), layouts.parts(out, mesh)
+    ins, outs = torus_layouts.parts(into, mesh), torus_layouts.parts(out, mesh)
     halves = job.two_way and wide % 2 == 0
     size = wide // 2 if halves else wide
     parts = tuple(lax.dynamic_slice_in_dim(w, h * size, size, inner) for h in (0, 1)) if halves else (w,)
