@@ -421,12 +421,12 @@ def compiled(cfg: Experiment, cell: Cell, row: dict[str, Any], compiler: Compile
     """What the TPU compiler says of one row, or its failure."""
     layout, mesh, overlap = row["layout"], tuple(row["mesh"]), cfg.sharding_study.overlap
     try:
-        slice_ = topology.parse_slice(cell.slice)
+        slice_ = topology.tpu_slice(cell.slice)
     except ShardingError:
         why = f"{cell.slice} is no TPU slice, so the TPU compiler has nothing to say"
         return {"failure": why, "failure_kind": "error"}
-    if slice_.chip.devices_per_chip > 1:
-        why = f"a {cell.chip} chip is {slice_.chip.devices_per_chip} devices, and the layouts here are of whole chips"
+    if slice_.row.devices_per_chip > 1:
+        why = f"a {cell.chip} chip is {slice_.row.devices_per_chip} devices, and the layouts here are of whole chips"
         return {"failure": why, "failure_kind": "error"}
     p = cell.predict(layout, mesh)
     wanted = sharded_jobs.expectations(cell.padded[0], cell.row.cache, p, cell.batch, cell.context, overlap)
