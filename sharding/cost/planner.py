@@ -188,8 +188,9 @@ def _candidates(model: _Model, ask: Request, tried, shapes, *, unique: bool) -> 
 
 
 def _is_canonical(layout: Layout, mesh: dict[str, int]) -> bool:
-    """Whether this is the one name of its program, given axes of one chip: they go with the batch if anything does,
-    else with the context; 2D without x is 1D, and of two that gather the same the one named longer is meant."""
+    """Whether a layout bears the only name of its program that is tried. Axes of one chip go with the batch if
+    anything does, else with the context; 2D without x is 1D; of two layouts that gather the same, the longer name is
+    tried."""
     x, y, z = (mesh[a] > 1 for a in torus_layouts.AXES)
     own = {"ws_1d": True, "ws_2d": x, "wg_x": x and y, "wg_xy": (x or y) and z, "wg_xyz": x or y or z}
     if not own[layout.ffn]:

@@ -25,36 +25,10 @@ from collections.abc import Mapping
 
 from sharding.cost import traffic
 from sharding.cost.hardware import CHIPS, Chip
-from sharding.cost.traffic import PURPOSES, Collective, Volume, crossovers, optimal_x, sizes, volume_elements
-from sharding.cost.workload import KV_TYPES, RESIDUALS, WEIGHT_BYTES, Layer, Leaf, Weight, Workload, layer_of
+from sharding.cost.traffic import PURPOSES, Collective, sizes
+from sharding.cost.workload import Layer, Leaf, Weight, Workload
 from sharding.layout.rules import Rules, ShardingError
 from sharding.layout.torus_layouts import Layout, parts, rules
-
-__all__ = [
-    "KV_TYPES",
-    "OVERLAPS",
-    "PHASES",
-    "PURPOSES",
-    "RESIDUALS",
-    "WEIGHT_BYTES",
-    "Collective",
-    "Layer",
-    "Leaf",
-    "Prediction",
-    "Volume",
-    "Weight",
-    "Workload",
-    "cache_bytes",
-    "check_memory",
-    "crossovers",
-    "head_shards",
-    "layer_of",
-    "max_context",
-    "mfu",
-    "optimal_x",
-    "predict",
-    "volume_elements",
-]
 
 PHASES = ("prefill", "decode")
 OVERLAPS = ("full", "memory", "none")

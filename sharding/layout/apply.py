@@ -180,7 +180,8 @@ def merge_softmax(out: jax.Array, top: jax.Array, total: jax.Array, name: str, h
 
 
 def own_group(kv: jax.Array, q_heads: int, name: str) -> jax.Array:
-    """Of kv[B,K,S,H] with all K heads here: those that this chip's `q_heads` query heads, split as `name`, read."""
+    """Takes, of kv[B,K,S,H] with all K heads here, the heads that this chip's `q_heads` query heads, split as `name`,
+    read."""
     active = _manual()
     over = () if active is None else mesh_axes(active.rules, name)
     heads = kv.shape[1]
@@ -283,8 +284,8 @@ def reduce(x: jax.Array, name: str, have: Names, want: Names) -> jax.Array:
 
 
 def once(bias: jax.Array, name: str, batch: str = "act_batch") -> jax.Array:
-    """A bias to add to a sum left open over the axes that split a weight's `name`: itself on one chip of those that are
-    summed, zero on the others. Axes of `batch` are not summed: the weight is gathered over them."""
+    """A bias to add to a sum left open over the axes that split a weight's `name`: itself on one of the summed chips,
+    zero on the others. Axes of `batch` are not summed: the weight is gathered over them."""
     active = _manual()
     if active is None:
         return bias

@@ -31,7 +31,7 @@ class Step:
 
     kind     one of KINDS; a slice keeps this chip's part and sends nothing
     axes     the mesh axes along which chips talk, or are told apart
-    dim      the dim whose split changes, in an all-to-all the one that gains `axes`; None for an all-reduce
+    dim      the dim whose split changes; an all-to-all's target, which gains `axes`; None for an all-reduce
     source   the dim that loses `axes` in an all-to-all, else None
     have     the split of every dim before the step
     then     the split of every dim after it
@@ -124,7 +124,7 @@ class _Route:
             self.step("all_gather", gone, {dim: tuple(a for a in self.now[dim] if a in kept)}, dim)
 
     def gain(self, dim: int, want: Split, leaving: dict[str, int]) -> None:
-        """Splits `dim` over the axes it lacks: those that leave another dim by an all-to-all, the others by a slice."""
+        """Splits `dim` over the axes it lacks: by an all-to-all where they leave another dim, else by a slice."""
         added = [a for a in want[dim] if a not in self.now[dim]]
         if added:
             self.forget(dim, want)

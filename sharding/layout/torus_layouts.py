@@ -10,7 +10,7 @@ A layout says how the matmuls and how K and V are cut over a torus with axes x, 
 
 `rules(layout, mesh, dims)` is the table. Heads, F and W are split z first, then y, then x; D is split x, z, y and
 the batch x, y, z. So every collective of the paper adds or takes away the last axes of a dim, and layouts
-that split fewer axes hold whole blocks of those that split more. ws_2d and wg_* store weights alike
+that split fewer axes hold whole blocks of layouts that split more. ws_2d and wg_* store weights alike
 (E_x F_yz), so that prefill and decode may differ in layout over one copy of the weights; ws_1d stores F_xyz.
 """
 
