@@ -20,8 +20,8 @@ from sharding import ShardingError, cost
 from sharding.cost import planner
 from sharding.cost.plan_report import Candidate, Plan, Request
 from sharding.cost.planner import all_layouts
+from sharding.cost.slices import DEFAULT_MESHES, default_mesh, factorisations
 from sharding.layout.torus_layouts import Layout, parse
-from sharding.slices import DEFAULT_MESHES, default_mesh, factorisations
 
 __all__ = [
     "DEFAULT_MESHES",

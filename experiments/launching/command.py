@@ -20,8 +20,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kvattn.errors import UserError
-from sharding import ShardingError, slices
-from sharding.slices import Slice
+from sharding import ShardingError
+from sharding.cost import slices
+from sharding.cost.slices import Slice
 
 ROOT = Path(__file__).parents[2]
 JOINT = ("experiments.train", "experiments.uptrain")  # the commands whose processes work together

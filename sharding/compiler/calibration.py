@@ -21,7 +21,7 @@ import math
 
 from sharding.compiler import topology
 from sharding.compiler.hlo_costs import analyse
-from sharding.slices import Slice
+from sharding.cost.slices import Slice
 
 _COPY_SHAPE = (2**15, 2**13)  # float32: 1 GiB
 _MATMUL = 2**14

@@ -7,8 +7,8 @@ from sharding.compiler import doctor
 from sharding.compiler.calibration import Calibration, versions
 from sharding.compiler.hlo_costs import Analysis, analyse
 from sharding.cost.hardware import Chip
+from sharding.cost.slices import Slice
 from sharding.layout.torus_layouts import AXES
-from sharding.slices import Slice
 
 TOP = 12  # operations listed
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from sharding.cost.slices import Slice, default_mesh, host_bounds, parse_slice
 from sharding.layout.rules import ShardingError
 from sharding.layout.torus_layouts import AXES
-from sharding.slices import Slice, default_mesh, host_bounds, parse_slice
 
 _CONFIGS = {"v4": {"chip_config_name": "megacore"}}  # what get_topology_desc is told beside the slice's name
 

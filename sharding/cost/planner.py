@@ -18,11 +18,11 @@ from sharding.cost import prediction
 from sharding.cost.hardware import CHIPS, Chip
 from sharding.cost.plan_report import Candidate, Plan, Request
 from sharding.cost.prediction import LINKS, OVERLAPS, PHASES, Prediction
+from sharding.cost.slices import default_mesh, factorisations
 from sharding.cost.workload import KV_TYPES, WEIGHT_BYTES, Workload
 from sharding.layout import torus_layouts
 from sharding.layout.rules import ShardingError
 from sharding.layout.torus_layouts import Layout
-from sharding.slices import default_mesh, factorisations
 
 A_HAIR = 0.05  # a difference in time that the model cannot tell: it knows no latencies
 

@@ -82,7 +82,7 @@ def test_a_tpu_loop_copies_no_cache(compiler, tmp_path, name, where):
 
 
 def _bandwidth(where):
-    from sharding.slices import parse_slice
+    from sharding.cost.slices import parse_slice
 
     return parse_slice(where).row.hbm_bandwidth
 

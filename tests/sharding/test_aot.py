@@ -10,10 +10,11 @@ import math
 
 import pytest
 
-from sharding import ShardingError, slices
+from sharding import ShardingError
 from sharding.compiler import topology
 from sharding.compiler.aot import CompiledReport, CompileFailure, Compiler, compile_job
 from sharding.compiler.doctor import Expectations
+from sharding.cost import slices
 from sharding.cost.hardware import CHIPS
 from tests.helpers.tolerances import AOT_CLOCK, AOT_LOOP, close
 

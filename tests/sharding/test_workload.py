@@ -6,7 +6,8 @@ from typing import NamedTuple
 import pytest
 
 from experiments.launching import command as launch
-from sharding import ShardingError, cost, slices
+from sharding import ShardingError, cost
+from sharding.cost import slices
 from sharding.cost.hardware import CHIPS
 from sharding.layout.torus_layouts import parse
 from tests.helpers.tolerances import CLOSED_FORM, close
