@@ -11,7 +11,7 @@ from kvattn import plan, spec
 from kvattn.config import Experiment, ModelConfig, VariantConfig
 from kvattn.errors import UserError
 from sharding import cost
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Cell:
         work = plan.workload(self.padded[0], self.row.cache, weights=self.weights)
         p = cost.predict(
             work,
-            layouts.parse(layout),
+            torus_layouts.parse(layout),
             tuple(mesh),
             self.chip,
             phase=self.phase,

@@ -21,7 +21,7 @@ from kvattn import int8_weights as weights_lib
 from kvattn import model as model_lib
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.decode import partitioned as sharded
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 
 FAKE_DEVICES = 8
 CUT_CONTEXT = 64
@@ -82,7 +82,7 @@ def measure_cut(arguments: dict) -> dict:
     cfg = config_lib.from_config_dict(small["model"], ModelConfig)
     store = config_lib.from_config_dict(small["cache"], CacheConfig)
     types = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh(shape, layouts.AXES, axis_types=types, devices=jax.devices()[: math.prod(shape)])
+    mesh = jax.make_mesh(shape, torus_layouts.AXES, axis_types=types, devices=jax.devices()[: math.prod(shape)])
     made = program_lib.program(mesh, **small)
     params = model_lib.init(jax.random.key(0), cfg)
     params = weights_lib.quantize(params, cfg) if small["weights"] == "int8" else params

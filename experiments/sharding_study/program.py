@@ -20,7 +20,7 @@ from kvattn.config import CacheConfig, ModelConfig
 from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
 from sharding.compiler.doctor import Expectations
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 
 LANES = 128  # a TPU tile's width: logits compile in minutes where a chip's vocabulary is no multiple of it
 TARGET = "experiments.sharding_study.program:program"
@@ -95,7 +95,7 @@ def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: i
     prefill writes as a whole, and, with overlap none, the collectives that the cost model predicts. Gathered weights
     are not checked by axis: the model counts one gather, the program one for each dim."""
     mesh = dict(prediction.mesh)
-    table = layouts.rules(
+    table = torus_layouts.rules(
         prediction.layout,
         mesh,
         {
@@ -108,7 +108,7 @@ def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: i
             "batch": batch,
         },
     )
-    split = [layouts.parts(table[name], mesh) for name in ("cache_batch", "cache_heads", "cache_length")]
+    split = [torus_layouts.parts(table[name], mesh) for name in ("cache_batch", "cache_heads", "cache_length")]
     held = set()
     for leaf in jax.tree.leaves(caches_lib.specs(cfg, cache, batch, context)):
         if len(leaf.shape) == 4:
@@ -121,7 +121,7 @@ def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: i
     for c in prediction.collectives:
         size = c.count * c.elements * prediction.element_bytes[c.dtype] * (2 if c.kind == "all_reduce" else 1)
         for axes, part in _steps(c, table["res_batch"], mesh):
-            key = c.kind.replace("_", "-"), tuple(a for a in layouts.AXES if a in axes)
+            key = c.kind.replace("_", "-"), tuple(a for a in torus_layouts.AXES if a in axes)
             found[key] = found.get(key, 0.0) + part * size
     return Expectations(found, tuple(sorted(held)))
 
@@ -134,8 +134,8 @@ def _steps(c: Any, rows: tuple[str, ...], mesh: dict[str, int]) -> list[tuple[tu
     if not (c.edge and first and rest) or c.kind not in ("all_gather", "reduce_scatter"):
         return [(c.axes, 1.0)]
     if c.kind == "all_gather":  # over `first`, then over the rest
-        return [(first, 1 / layouts.parts(rest, mesh)), (rest, 1.0)]
-    return [(first, 1.0), (rest, 1 / layouts.parts(first, mesh))]
+        return [(first, 1 / torus_layouts.parts(rest, mesh)), (rest, 1.0)]
+    return [(first, 1.0), (rest, 1 / torus_layouts.parts(first, mesh))]
 
 
 # --- its time ------------------------------------------------------------------------------------------

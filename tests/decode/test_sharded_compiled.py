@@ -14,7 +14,7 @@ from kvattn import plan
 from kvattn.config import CacheConfig
 from sharding import cost
 from sharding.compiler import aot
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 
 SLICE, MESH, CHIPS = "v4:4x4x4", (4, 4, 4), 64
 CACHE = CacheConfig(dtype="bfloat16")
@@ -34,7 +34,7 @@ def _expected(cfg, phase, weights, layout, batch, tokens):
     work = plan.workload(full, CACHE, weights=weights)
     predicted = cost.predict(
         work,
-        layouts.parse(layout),
+        torus_layouts.parse(layout),
         dict(zip("xyz", MESH, strict=True)),
         "v4",
         phase=phase,

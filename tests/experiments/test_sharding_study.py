@@ -27,7 +27,7 @@ from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
 from sharding import ShardingError, cost
 from sharding.compiler.aot import Compiler
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 from tests.helpers.paths import ROOT
 from tests.helpers.tolerances import CLOSED_FORM, close
 
@@ -93,7 +93,7 @@ def test_predicted_is_the_cost_model_of_the_padded_model(done):
     for r in rows:
         assert r["padded"] == ["W 1000 -> 1024", "N 6 -> 8"] and r["mesh"] == [2, 2, 2] and not r["reason"]
         p = cost.predict(
-            work, layouts.parse(r["layout"]), (2, 2, 2), "v4", phase="decode", batch=16, tokens=1, context=128
+            work, torus_layouts.parse(r["layout"]), (2, 2, 2), "v4", phase="decode", batch=16, tokens=1, context=128
         )
         assert r["seconds"] == {name: p.step_seconds(name) for name in cost.OVERLAPS}
         assert sum(r["memory_bytes"].values()) == p.memory_bytes
@@ -494,7 +494,7 @@ def test_context_lines_end_where_memory_does():
         last, over = (
             cost.predict(
                 work,
-                layouts.parse(f"ws_2d/{name}"),
+                torus_layouts.parse(f"ws_2d/{name}"),
                 (2, 2, 2),
                 "v4",
                 phase="decode",
