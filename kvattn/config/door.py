@@ -171,4 +171,5 @@ def _with_layers(value: dict[str, Any], where: str) -> dict[str, Any]:
     fields = {name: value.pop(name) for name in names if name in value}
     masks = _retype(value.pop("masks", ()), tuple[MaskConfig, ...], f"{where}.masks")
     ropes = _retype(value.pop("ropes", ({},)), tuple[RopeConfig | None, ...], f"{where}.ropes")
-    return value | {"layers": layer_pattern(_fields(fields, heads, where), masks, ropes)}
+    n_layers = _retype(value.get("n_layers", ModelConfig.n_layers), int, f"{where}.n_layers")
+    return value | {"layers": layer_pattern(_fields(fields, heads, where), masks, ropes, n_layers=n_layers)}
