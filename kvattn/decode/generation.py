@@ -95,7 +95,7 @@ def prefill(
         last, best, caches = carry
         part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
         where = jax.lax.dynamic_slice_in_dim(positions, start, chunk, axis=1)
-        inputs = model.Inputs(tokens=part, positions=where, fresh=is_fresh)
+        inputs = model.Inputs(tokens=part, positions=where, empty=is_fresh)
         hidden, caches, _ = model.hidden(params, cfg, inputs, caches=caches)
         column = jnp.argmax(where, axis=1)
         newest = jnp.max(where, axis=1)

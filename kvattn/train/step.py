@@ -74,12 +74,11 @@ class Layout:
 
 
 def rules_for(cfg: ModelConfig, mesh: Mesh) -> str:
-    """The rule table for `cfg` on `mesh`: K and V heads are split over `tensor` where it divides their numbers in all
-    layers and whole on every shard where it does not (multi-query attention on a tensor mesh, arXiv:2211.05102)."""
+    """The rule table for `cfg` on `mesh`: K and V heads are split over `tensor` where it divides their numbers
+    and whole on every shard where it does not (multi-query attention on a tensor mesh, arXiv:2211.05102)."""
     parts = mesh.shape["tensor"]
-    specs = jax.tree.leaves(model.param_specs(cfg), is_leaf=spec.is_spec)
-    axes = [pair for leaf in specs for pair in zip(leaf.axes, leaf.shape, strict=True)]
-    split = all(heads % parts == 0 for axis, heads in axes if axis in ("k_heads", "v_heads"))
+    heads = [leaf.shape[0] for leaves in model.leaves(cfg) for leaf in (leaves or {}).values()]
+    split = all(count % parts == 0 for count in heads)
     return "fsdp_tp" if split else "fsdp_tp_kv_replicated"
 
 

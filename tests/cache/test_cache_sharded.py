@@ -11,7 +11,6 @@ from kvattn import cache, model
 from kvattn.config import CacheConfig
 from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
-from tests.helpers import shapes
 from tests.helpers.sharded_cases import MODELS, SLOTS, STEPS, TOKENS, case, mesh_of
 from tests.helpers.tolerances import CODES_STEP, apart
 
@@ -22,12 +21,6 @@ STORES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def local_shapes(monkeypatch):
-    """Arrays have the shapes of one chip."""
-    monkeypatch.setattr(shapes, "_is", lambda *_: None)
-
-
 @functools.cache
 def unsharded(name, store, batch):
     """Logits [1 + STEPS, B, W] at each row's last token and after each step, and the caches at the end."""
@@ -35,7 +28,7 @@ def unsharded(name, store, batch):
     caches = cache.create(MODELS[name], STORES[store], batch, SLOTS)
     forward, out = jax.jit(model.forward, static_argnums=1), []
     for i, (ids, at) in enumerate([(tokens, positions), *steps]):
-        inputs = model.Inputs(jnp.asarray(ids), jnp.asarray(at), fresh=i == 0)
+        inputs = model.Inputs(jnp.asarray(ids), jnp.asarray(at), empty=i == 0)
         got, caches = forward(params, MODELS[name], inputs, caches=caches)
         out.append(np.asarray(got.logits)[np.arange(batch), at.argmax(1)])
     return np.stack(out), jax.device_get(caches)
@@ -79,8 +72,8 @@ def test_codes_are_the_same_on_eight_chips(name, store, layout):
         if held is None:
             continue
         assert np.asarray(got.length).tolist() == held.length.tolist()
-        for leaf in held.entries:
-            one, other = (np.asarray(c.entries[leaf].values).astype(np.float32) for c in (got, held))
+        for leaf in held.leaves:
+            one, other = (np.asarray(c.leaves[leaf].values).astype(np.float32) for c in (got, held))
             assert (one != other).mean() < CODES_STEP.rtol
 
 

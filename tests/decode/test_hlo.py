@@ -52,7 +52,7 @@ def lowered(program, name, store, batch, chunk=4):
 
 def leaf_sizes(caches):
     """(short dtype, element count) of every cache leaf."""
-    leaves = jax.tree.leaves([c.entries for c in caches if c is not None])
+    leaves = jax.tree.leaves([c.leaves for c in caches if c is not None])
     return {(_SHORT[leaf.dtype.name], leaf.size) for leaf in leaves}
 
 
@@ -100,7 +100,7 @@ def test_chunked_prefill_of_a_ring_copies_the_ring_alone():
     store = CacheConfig(kinds=("by_mask",))
     found = check(decode.generate_jit, "mqa_cla2_pattern", store, 1)
     caches = cache.specs(tiny.CASES["mqa_cla2_pattern"], store, 1, CAPACITY)
-    rings = {f"f32[{','.join(map(str, leaf.shape))}] copy" for leaf in caches[0].entries.values()}
+    rings = {f"f32[{','.join(map(str, leaf.shape))}] copy" for leaf in jax.tree.leaves(caches[0].leaves)}
     assert caches[0].ring and not caches[2].ring
     assert set(found) <= rings and all(count <= 2 for count in found.values())
 
