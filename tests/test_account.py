@@ -1,6 +1,5 @@
 """The ledger: the papers' published numbers, and declared == allocated == compiled for every variant x store."""
 
-import dataclasses
 import math
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from kvattn import account, cache, model
+from kvattn.attention.heads import heads_model
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
 from kvattn.convert import cross_layer
 from kvattn.errors import UserError
@@ -18,7 +18,7 @@ from tests.helpers import tiny
 
 BF16 = CacheConfig(dtype="bfloat16")
 
-LLAMA3_8B = ModelConfig(
+LLAMA3_8B = heads_model(
     vocab_size=128256,
     d_model=4096,
     n_layers=32,
@@ -30,7 +30,7 @@ LLAMA3_8B = ModelConfig(
     d_ff=14336,
     tied_embeddings=False,
 )
-SMOLLM2 = ModelConfig(
+SMOLLM2 = heads_model(
     vocab_size=49152,
     d_model=576,
     n_layers=30,
@@ -44,7 +44,7 @@ SMOLLM2 = ModelConfig(
 
 
 def cla_1b(head_dim, n_heads, kv_heads, sources) -> ModelConfig:
-    return ModelConfig(
+    return heads_model(
         d_model=2048,
         n_layers=20,
         d_ff=5472,
@@ -100,7 +100,7 @@ def test_cla_table(name):
 def test_cla_3b_table():
     """arXiv 2405.12981, tuned runs at 3B: D = 3072, L = 32."""
     for head_dim, factor, expected in ((128, 1, 16384), (128, 2, 8192), (64, 1, 8192), (64, 2, 4096), (32, 1, 4096)):
-        cfg = ModelConfig(
+        cfg = heads_model(
             n_layers=32,
             n_heads=4,
             n_k_heads=1,
@@ -116,13 +116,13 @@ def test_published_bytes_per_token():
     assert account.kv_bytes_per_token(LLAMA3_8B, BF16) == 131072
     assert account.kv_bytes_per_token(SMOLLM2, BF16) == 2 * 30 * 3 * 64 * 2
     # DiffQKV: n_k d_k + n_v d_v elements; Sigma-1.5B has 26 layers, 32 query, 4 K, 16 V heads (arXiv 2501.13629).
-    sigma = ModelConfig(n_layers=26, n_heads=32, n_k_heads=4, n_v_heads=16, head_dim=64, v_head_dim=96)
+    sigma = heads_model(n_layers=26, n_heads=32, n_k_heads=4, n_v_heads=16, head_dim=64, v_head_dim=96)
     assert account.kv_bytes_per_token(sigma, BF16) == 26 * (4 * 64 + 16 * 96) * 2
     # MQA: k + v elements per token and layer whatever the number of query heads (arXiv 1911.02150).
     for heads in (1, 7, 16):
-        mqa = ModelConfig(n_layers=6, n_heads=heads, n_k_heads=1, n_v_heads=1, head_dim=128, v_head_dim=128)
+        mqa = heads_model(n_layers=6, n_heads=heads, n_k_heads=1, n_v_heads=1, head_dim=128, v_head_dim=128)
         assert account.kv_bytes_per_token(mqa, BF16) == 6 * (128 + 128) * 2
-    tied = ModelConfig(n_layers=5, n_heads=6, n_k_heads=3, n_v_heads=3, tied_kv=True)
+    tied = heads_model(n_layers=5, n_heads=6, n_k_heads=3, n_v_heads=3, tied_kv=True)
     assert account.kv_bytes_per_token(tied, BF16) == 5 * 3 * 16 * 2
 
 
@@ -137,7 +137,7 @@ def test_mlkv_total_heads():
         (6, 1, 6),
         (1, 1, 1),
     ):
-        cfg = ModelConfig(
+        cfg = heads_model(
             n_layers=12,
             n_heads=12,
             n_k_heads=heads,
@@ -302,7 +302,7 @@ def test_longest_context_of_palm():
         (256, 2, 42654),
         (256, 8, 10663),
     ):
-        per_chip = ModelConfig(
+        per_chip = heads_model(
             n_layers=118, n_heads=1, n_k_heads=1, n_v_heads=1, head_dim=head_dim, v_head_dim=head_dim
         )
         assert abs(account.max_context(per_chip, BF16, budget, batch) - expected) <= 1
@@ -321,7 +321,7 @@ def test_published_param_counts():
     assert account.param_count(SMOLLM2) == 134_515_008  # the number in the checkpoint's own card and file
     assert account.param_count(LLAMA3_8B) == 8_030_261_248
     for layers, d, f, heads, billions in ((32, 4096, 16384, 16, 8.63), (64, 8192, 32768, 32, 62.5)):
-        palm = ModelConfig(
+        palm = heads_model(
             vocab_size=256128,
             d_model=d,
             n_layers=layers,
@@ -360,7 +360,7 @@ def test_flops_equal_the_matmuls_of_the_traced_model(tiny_case):
     abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), cfg))
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     forward = jax.make_jaxpr(lambda p, t: model.forward(p, cfg, model.Inputs(t))[0].logits)(abstract, tokens)
-    unmasked = dataclasses.replace(cfg, masks=(MaskConfig(),), scan_layers=False)
+    unmasked = cfg.replace(masks=(MaskConfig(),), scan_layers=False)
     charged = account.flops_per_token(unmasked, length, "train") / 3
     assert dot_flops(forward.jaxpr) == batch * length * charged
 
@@ -387,14 +387,14 @@ def test_flops_equal_the_matmuls_of_the_traced_model(tiny_case):
 def test_attention_flops_follow_the_query_heads():
     """SQA, arXiv 2510.01817: 4 B Hq N^2 dh per layer, ratio to MHA = Hq / H exactly, in every phase."""
     sizes = dict(d_model=256, n_layers=8, head_dim=16, v_head_dim=16)
-    mha = ModelConfig(n_heads=16, n_k_heads=16, n_v_heads=16, **sizes)
-    sqa = ModelConfig(n_heads=4, n_k_heads=1, n_v_heads=1, **sizes)
+    mha = heads_model(n_heads=16, n_k_heads=16, n_v_heads=16, **sizes)
+    sqa = heads_model(n_heads=4, n_k_heads=1, n_v_heads=1, **sizes)
     n = 1024
     assert n * account.flops(mha, n, "train").attention == 3 * 8 * 4 * 16 * n**2 * 16
     for phase in account.PHASES:
         ratio = account.flops(sqa, n, phase).attention / account.flops(mha, n, phase).attention
         assert ratio == 4 / 16
-        gqa = ModelConfig(n_heads=16, n_k_heads=2, n_v_heads=2, **sizes)
+        gqa = heads_model(n_heads=16, n_k_heads=2, n_v_heads=2, **sizes)
         assert account.flops(gqa, n, phase).attention == account.flops(mha, n, phase).attention
 
 

@@ -8,7 +8,7 @@ from experiments.launching import command as launch
 from experiments.sharding_study import program as program_lib
 from kvattn import model as model_lib
 from kvattn import plan, spec
-from kvattn.config import Experiment, ModelConfig, VariantConfig
+from kvattn.config import Experiment, ModelConfig, VariantConfig, plain
 from kvattn.errors import UserError
 from sharding import cost
 from sharding.layout import torus_layouts
@@ -61,8 +61,8 @@ class Cell:
     def arguments(self, layout: str, overlap: str) -> dict[str, Any]:
         """Keyword arguments of `program.program`."""
         arguments = {
-            "model": dataclasses.asdict(self.row.model),
-            "cache": dataclasses.asdict(self.row.cache),
+            "model": plain(self.row.model),
+            "cache": plain(self.row.cache),
             "layout": layout,
             "phase": self.phase,
             "batch": self.batch,

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvattn import cache as caches_lib
 from kvattn import config as config_lib
-from kvattn import model as model_lib
+from kvattn.attention import Heads
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
@@ -32,13 +32,20 @@ def padded(cfg: ModelConfig, chips: int) -> tuple[ModelConfig, tuple[str, ...]]:
     K/V head, the query heads to a multiple of the chips (zero heads; Pope et al., arXiv 2211.05102, table 1). With more
     K/V heads a new query head would need a group, so those are left as they are."""
     vocab = _up(cfg.vocab_size, LANES * chips)
-    heads = _up(cfg.n_heads, chips) if cfg.n_k_heads == cfg.n_v_heads == 1 else cfg.n_heads
+    own = {layer.attention for layer in cfg.layers}
+    single = all(isinstance(a, Heads) and a.n_k_heads == a.n_v_heads == 1 for a in own)
+    counts = {a.n_heads for a in own} if single else set()
+    heads = {_up(n, chips) for n in counts} - counts
     notes = []
     if vocab != cfg.vocab_size:
         notes.append(f"W {cfg.vocab_size} -> {vocab}")
-    if heads != cfg.n_heads:
-        notes.append(f"N {cfg.n_heads} -> {heads}")
-    return dataclasses.replace(cfg, vocab_size=vocab, n_heads=heads), tuple(notes)
+    if heads:
+        notes.append(f"N {', '.join(map(str, sorted(counts)))} -> {', '.join(map(str, sorted(heads)))}")
+    wider = tuple(
+        layer.attention.replace(n_heads=_up(layer.attention.n_heads, chips)) if heads else layer.attention
+        for layer in cfg.layers
+    )
+    return cfg.replace(vocab_size=vocab, attentions=wider), tuple(notes)
 
 
 def _up(size: int, unit: int) -> int:
@@ -85,7 +92,7 @@ def scanned(cfg: ModelConfig, phase: str) -> bool:
     if phase != "prefill":
         return False
     try:
-        return model_lib.scan_period(cfg) > 0
+        return config_lib.period(cfg) > 0
     except UserError:
         return False
 
@@ -95,19 +102,7 @@ def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: i
     prefill writes as a whole, and, with overlap none, the collectives that the cost model predicts. Gathered weights
     are not checked by axis: the model counts one gather, the program one for each dim."""
     mesh = dict(prediction.mesh)
-    table = torus_layouts.rules(
-        prediction.layout,
-        mesh,
-        {
-            "embed": cfg.d_model,
-            "mlp": cfg.d_ff,
-            "vocab": cfg.vocab_size,
-            "q_heads": cfg.n_heads,
-            "k_heads": cfg.n_k_heads,
-            "v_heads": cfg.n_v_heads,
-            "batch": batch,
-        },
-    )
+    table = torus_layouts.rules(prediction.layout, mesh, sharded.dims_of(cfg, batch))
     split = [torus_layouts.parts(table[name], mesh) for name in ("cache_batch", "cache_heads", "cache_length")]
     held = set()
     for leaf in jax.tree.leaves(caches_lib.specs(cfg, cache, batch, context)):

@@ -78,11 +78,17 @@ def rules_for(cfg: ModelConfig, layout: Layout, mesh: Any, batch: int, slots: tu
 
     Raises ShardingError where the layout does not fit.
     """
-    dims = {"embed": cfg.d_model, "mlp": cfg.d_ff, "vocab": cfg.vocab_size, **_heads(cfg), "batch": batch}
+    dims = dims_of(cfg, batch)
     table: Rules = {}
     for count in slots or (0,):
         table = torus_layouts.rules(layout, dict(mesh.shape), {**dims, "slots": count})
     return table
+
+
+def dims_of(cfg: ModelConfig, batch: int) -> dict[str, int]:
+    """Sizes of every dim that a rule table of torus_layouts splits, for a pass of `batch` sequences."""
+    sizes = {"embed": cfg.d_model, "mlp": cfg.d_ff, "vocab": cfg.vocab_size, "batch": batch}
+    return sizes | _heads(cfg)
 
 
 def _heads(cfg: ModelConfig) -> dict[str, int]:

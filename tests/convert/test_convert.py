@@ -97,7 +97,7 @@ def test_gqa_grouping_is_the_one_the_model_reads():
         attn["k_norm"] = {"scale": jnp.repeat(attn["k_norm"]["scale"], 2, axis=0)}
         return {**layer, "attn": attn}
 
-    big = dataclasses.replace(small, n_k_heads=6, n_v_heads=6)
+    big = small.replace(n_k_heads=6, n_v_heads=6)
     repeated = {**params, "layers": tuple(repeat(layer) for layer in params["layers"])}
     close(run(repeated, big), run(params, small), F32_MODEL, "expansion by repetition")
     for method in ("mean", "first"):

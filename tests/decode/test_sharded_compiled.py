@@ -4,14 +4,12 @@ Every layer is alike and compiled on its own, so four say what 118 do, in second
 `python -m experiments.sharding_study --config=configs/sharding_palm540b.py`.
 """
 
-import dataclasses
-
 import pytest
 
 from configs.sizes import size
 from experiments.sharding_study import program as program_lib
 from kvattn import plan
-from kvattn.config import CacheConfig
+from kvattn.config import CacheConfig, plain
 from sharding import cost
 from sharding.compiler import aot
 from sharding.layout import torus_layouts
@@ -46,13 +44,7 @@ def _expected(cfg, phase, weights, layout, batch, tokens):
 
 
 def _job(cfg, **rest):
-    return {
-        "model": dataclasses.asdict(cfg),
-        "cache": dataclasses.asdict(CACHE),
-        "layout": LAYOUT,
-        "batch": BATCH,
-        "context": CONTEXT,
-    } | rest
+    return {"model": plain(cfg), "cache": plain(CACHE), "layout": LAYOUT, "batch": BATCH, "context": CONTEXT} | rest
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])

@@ -23,6 +23,8 @@ from experiments.sharding_study import run as sharding_study
 from kvattn import config as c
 from kvattn import int8_weights as weights
 from kvattn import plan
+from kvattn.attention.heads import heads_model
+from kvattn.config import plain
 from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
 from sharding import ShardingError, cost
@@ -33,7 +35,7 @@ from tests.helpers.tolerances import CLOSED_FORM, close
 
 BF16 = c.CacheConfig(dtype="bfloat16")
 # 8 chips: W 1000 -> 1024, N 6 -> 8.
-MQA = c.ModelConfig(
+MQA = heads_model(
     vocab_size=1000,
     d_model=256,
     n_layers=2,
@@ -46,7 +48,7 @@ MQA = c.ModelConfig(
     residual="parallel_palm",
     norm="layernorm",
 )
-GQA = dataclasses.replace(MQA, n_k_heads=3, n_v_heads=3, residual="serial", norm="rmsnorm")
+GQA = MQA.replace(n_k_heads=3, n_v_heads=3, residual="serial", norm="rmsnorm")
 LAYOUTS = ("ws_2d/by_batch:xyz", "ws_1d/replicated", "wg_xyz/by_batch:xyz")
 
 
@@ -88,7 +90,7 @@ def test_predicted_is_the_cost_model_of_the_padded_model(done):
     cfg, records = done
     rows = of(records, "predicted")
     assert [r["rank"] for r in rows] == [0, 1, 2] and {r["layout"] for r in rows} == set(LAYOUTS)
-    padded = dataclasses.replace(MQA, vocab_size=1024, n_heads=8)
+    padded = MQA.replace(vocab_size=1024, n_heads=8)
     work = plan.workload(padded, BF16)
     for r in rows:
         assert r["padded"] == ["W 1000 -> 1024", "N 6 -> 8"] and r["mesh"] == [2, 2, 2] and not r["reason"]
@@ -311,7 +313,7 @@ def test_bad_questions_are_one_sentence(tmp_path, changes, message):
         ({"timeout": 0.0}, "sharding_study.timeout"),
         ({"rows": (c.VariantConfig("a"), c.VariantConfig("a"))}, "'a' twice"),
         ({"rows": (c.VariantConfig("a", (c.ConvertConfig(kind="cla", factor=2),)),)}, "has convert"),
-        ({"rows": (c.VariantConfig("a", model=dataclasses.replace(MQA, n_k_heads=4)),)}, "model.n_k_heads"),
+        ({"rows": (c.VariantConfig("a", model=MQA.replace(n_k_heads=4)),)}, "model.n_k_heads"),
         ({"cells": (c.ShardingCellConfig(tokens=4096),)}, "cells[0].tokens"),
     ],
 )
@@ -375,8 +377,8 @@ def test_padding_is_the_papers_and_says_so():
 def test_cuts_are_small_legal_and_keep_the_variant(name):
     cfg = SIZES[name]
     job = {
-        "model": dataclasses.asdict(cfg),
-        "cache": dataclasses.asdict(BF16),
+        "model": plain(cfg),
+        "cache": plain(BF16),
         "layout": "ws_2d/by_batch:xyz",
         "phase": "decode",
         "batch": 512,
@@ -407,8 +409,8 @@ def test_cuts_are_small_legal_and_keep_the_variant(name):
 )
 def test_cut_meshes_have_at_most_eight_devices_and_no_new_axis(mesh, want):
     job = {
-        "model": dataclasses.asdict(MQA),
-        "cache": dataclasses.asdict(BF16),
+        "model": plain(MQA),
+        "cache": plain(BF16),
         "layout": "ws_1d/replicated",
         "phase": "decode",
         "batch": 3,
@@ -422,10 +424,10 @@ def test_cut_meshes_have_at_most_eight_devices_and_no_new_axis(mesh, want):
 
 def test_the_cut_that_runs_wrong_shows(monkeypatch):
     """The error of a measurement is that of the sharded program: a wrong program does not pass for a right one."""
-    model = dataclasses.asdict(dataclasses.replace(MQA, n_layers=1))
+    model = plain(dataclasses.replace(MQA, n_layers=1))
     job = {
         "model": model,
-        "cache": dataclasses.asdict(BF16),
+        "cache": plain(BF16),
         "layout": LAYOUTS[0],
         "batch": 16,
         "phase": "decode",
@@ -458,10 +460,10 @@ def test_a_cut_that_fails_is_an_answer(monkeypatch):
 
 @pytest.mark.parametrize("model, layout", [(MQA, LAYOUTS[2]), (GQA, "ws_2d/by_head:z+by_batch:xy")])
 def test_the_cut_of_a_prefill_equals_the_unsharded_model(model, layout):
-    model = dataclasses.replace(model, n_layers=3, n_k_heads=2 * (model is GQA) or 1, n_v_heads=2 * (model is GQA) or 1)
+    model = model.replace(n_layers=3, n_k_heads=2 * (model is GQA) or 1, n_v_heads=2 * (model is GQA) or 1)
     job = {
-        "model": dataclasses.asdict(model),
-        "cache": dataclasses.asdict(BF16),
+        "model": plain(model),
+        "cache": plain(BF16),
         "layout": layout,
         "batch": 16,
         "phase": "prefill",

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from kvattn import plan
+from kvattn.attention.heads import heads_model
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
 from kvattn.decode import partitioned as sharded
 from sharding import cost
@@ -34,7 +35,7 @@ BATCH, CONTEXT = 16, 24
 
 def config(kv_heads: int, residual: str, **changes) -> ModelConfig:
     """Every dim divisible by the 8 chips, else pairwise different."""
-    return ModelConfig(
+    return heads_model(
         vocab_size=8 * 23,
         d_model=8 * 10,
         n_layers=3,
