@@ -171,6 +171,7 @@ def splash_gradient(mesh, *, model: dict, length: int):
     from kvattn.attention import flash, target
     from kvattn.attention.operand import Operand
     from kvattn.masks import Tokens
+    from pallas_kernels import Leaf
 
     cfg = config.from_config_dict(model, config.ModelConfig)
     shape = cfg.attention(0).softmax(cfg)
