@@ -12,12 +12,13 @@ from experiments.common.child import Child, ChildError, import_paths
 from experiments.sharding_study import cut as cut_lib
 from experiments.sharding_study import program as program_lib
 from experiments.sharding_study.cells import Cell, meshes_of
-from kvattn import plan, plan_report
+from kvattn import plan
 from kvattn.config import Experiment
 from kvattn.errors import UserError
 from sharding import ShardingError, cost
 from sharding.compiler import topology
 from sharding.compiler.aot import CompiledReport, Compiler
+from sharding.cost import plan_report
 from sharding.cost.hardware import CHIPS, of_device
 from sharding.layout import torus_layouts
 
@@ -47,7 +48,7 @@ def predict(cfg: Experiment, cell: Cell) -> list[dict[str, Any]]:
     second = [c for c in p.candidates if not c.reason and c.mesh == default and id(c) not in fine]
     fitting = sorted([*p.feasible, *second], key=lambda c: float(f"{c.seconds:.5e}"))  # stable: the plan breaks ties
     done, refused = {c.layout for c in fitting}, {}
-    for c in sorted(p.infeasible, key=lambda c: (plan_report._miss(c), c.mesh != default)):
+    for c in sorted(p.infeasible, key=lambda c: (plan_report.miss(c), c.mesh != default)):
         if c.layout not in done:
             refused.setdefault(c.layout, c)
     records = []
