@@ -5,7 +5,8 @@ Command:  python -m experiments.decode --prompt="The capital of France is"
 Paper:    none.
 Hardware: 2 CPU cores, 3 GB.
 Minutes:  under 1.
-Expect:   greedy text equal to Hugging Face transformers' on the same GGUF for 64 tokens.
+Expect:   greedy text equal to Hugging Face transformers' on the same GGUF for 64 tokens, as
+          tests_peers/test_transformers.py asserts.
 """
 
 from configs import base, variants

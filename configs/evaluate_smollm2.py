@@ -5,10 +5,10 @@ Command:  python -m experiments.evaluate --config=configs/evaluate_smollm2.py
 Paper:    passkey retrieval 2305.16300.
 Hardware: 2 CPU cores, 4 GB.
 Minutes:  about 4, estimated.
-Expect:   perplexity about 26 on the held-out plays (26.03 on the first 4,095 tokens, in
-          experiments/results/study_smollm2); no needle score is recorded. Caches, first 2,048 tokens, CPU, by
-          :base_int8 --config.eval.max_tokens=2048 and so on: float32 24.730, bfloat16 24.731, int8 24.737 (paged, the
-          same), fp8 24.859, int4 31.990, int4 with keys per channel 27.509 (int8 so: 24.778).
+Expect:   not run on its 16,384 tokens and needles. The first 4,095 tokens, of configs/study_smollm2.py: perplexity
+          26.03 (experiments/results/study_smollm2). With --config.eval.max_tokens=2048 and :base 24.730, :base_bf16
+          24.731, :base_int8 24.737 (in pages too), :base_fp8 24.859, :base_int4 31.990, :base_int4_channel 27.509;
+          int8 with keys per channel 24.778.
 """
 
 from configs import base, variants

@@ -4,7 +4,8 @@ Command:  python -m experiments.sharding_study --config=configs/sharding_layouts
 Paper:    Efficiently Scaling Transformer Inference, 2211.05102, section 3.
 Hardware: 2 CPU cores, 8 GB; no TPU.
 Minutes:  5
-Expect:   all ten compile and fit 32 GiB; decode: ws_2d best; heads padded 48 -> 64, W 256128 -> 262144.
+Expect:   all ten compile and fit 32 GiB; decode: ws_2d best; heads padded 48 -> 64, W 256128 -> 262144
+          (experiments/results/sharding_layouts).
 """
 
 from configs import base

@@ -1,11 +1,11 @@
-"""Llama-3-70B's shape with GQA-8, MQA and cross-layer sharing on 64 chips of v5e, v5p and v6e, every row compiled.
+"""Llama-3-70B's shape with GQA-8, MQA and CLA2 on 64 chips of v5e, v5p and v6e, each question's best layout compiled.
 
 Command:  python -m experiments.sharding_study --config=configs/sharding_llama3_70b.py
 Papers:   GQA 2305.13245, MQA 1911.02150, CLA 2405.12981; layouts 2211.05102.
 Hardware: 2 CPU cores, 8 GB; no TPU.
 Minutes:  7, on busy cores.
-Expect:   MQA's cache an eighth of GQA-8's and a decode step about half; CLA2 halves the cache a chip holds, not what a
-          step reads of it (every layer reads its owner's), so its step is as long as GQA-8's.
+Expect:   predicted: MQA's cache an eighth of GQA-8's and a decode step about half; CLA2 halves the cache a chip holds,
+          not what a step reads of it (every layer reads its owner's), so its step is as long as GQA-8's.
 """
 
 from configs import base

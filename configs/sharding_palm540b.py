@@ -4,8 +4,8 @@ Command:  python -m experiments.sharding_study --config=configs/sharding_palm540
 Paper:    Efficiently Scaling Transformer Inference, 2211.05102, tables 2 and 3 and section 4 (per-step times).
 Hardware: 2 CPU cores, 8 GB; no TPU.
 Minutes:  8, on busy cores.
-Expect:   the planner's layout is the paper's in all nine; heads padded 48 -> 64 and W 256128 -> 262144 on 64 chips;
-          every program compiles and fits.
+Expect:   the planner's layout is the paper's in all nine, every program compiles and fits; heads padded 48 -> 64 and
+          W 256128 -> 262144 on 64 chips (experiments/results/sharding_palm540b).
 """
 
 from configs import base

@@ -4,7 +4,7 @@ Command:  python -m experiments.sharding_study   (--compile=none predicts only; 
 Paper:    Efficiently Scaling Transformer Inference, 2211.05102, sections 2 to 5.
 Hardware: 2 CPU cores, 4 GB; no TPU.
 Minutes:  6, on busy cores.
-Expect:   decode: weight-stationary layouts with the cache split by batch over all chips.
+Expect:   predicted best of all eight decode questions: ws_2d/by_batch:xyz; of both prefills: wg_xyz/by_batch:xyz.
 """
 
 from configs import base

@@ -3,6 +3,7 @@
 Command:  python -m experiments.train --config=configs/train_tiny.py
 Paper:    none.
 Hardware: 2 CPU cores, 1 GB.
+Tokens:   204,800 = 200 steps x 8 x 128.
 Minutes:  0.5.
 Expect:   loss from 5.59 (uniform over 258 ids is 5.55) to 2.67 nats per byte, 2.62 on the held-out plays.
 """

@@ -3,9 +3,10 @@
 Command:  python -m experiments.uptrain --config=configs/uptrain_cla.py:2
 Paper:    CLA 2405.12981 (trained from scratch there; converting is ours, after the MLKV recipe).
 Hardware: 2 CPU cores, 8 GB.
-Minutes:  about 10 for 60 steps, estimated from the study's 24.
-Expect:   perplexity 20,861 (CLA2) and 27,411 (CLA3) after conversion, 1,314 and 1,188 after the 24 steps of the study
-          (experiments/results/study_smollm2).
+Tokens:   30,720 = 60 steps x 4 x 128.
+Minutes:  about 10, estimated from the study's 24 steps.
+Expect:   not run. Another command, configs/study_smollm2.py, trains the same conversion for 12,288 tokens: perplexity
+          20,861 to 1,314 (cla2), 27,411 to 1,188 (cla3), in experiments/results/study_smollm2.
 """
 
 from configs import base

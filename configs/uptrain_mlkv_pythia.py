@@ -5,8 +5,10 @@ Command:  python -m experiments.uptrain --config=configs/uptrain_mlkv_pythia.py:
           DIR is a Hugging Face directory of EleutherAI/pythia-160m-deduped.
 Paper:    MLKV 2406.09297: 5 % of the deduplicated Pile, lr 6e-4 cosine, AdamW 0.9/0.95, decay 0.01.
 Hardware: one GPU of 24 GB for the paper's 2.46M rows of 2048 tokens (22 h on 2 A100 there). Not run on hardware.
-Minutes:  set --config.train.steps to what you have.
-Expect:   the paper's zero-shot averages: base 52.79, MQA-12 49.43, MLKV-6 49.06, MLKV-1 41.12.
+Tokens:   5,038,080,000 = 102500 steps x 24 x 2048.
+Minutes:  not run.
+Expect:   not run. It prints losses; the paper's zero-shot averages after such a training, of another harness: base
+          52.79, MQA-12 49.43, MLKV-6 49.06, MLKV-1 41.12.
 """
 
 from configs import base

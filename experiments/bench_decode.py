@@ -7,13 +7,11 @@ Writes experiments/results/bench_decode.json, or bench_decode_shapes.json where 
 round, the fraction of the memory roofline.
 """
 
-import tempfile
-
 from absl import flags
 
 from configs import sizes
+from experiments.bench import comparison
 from experiments.bench import decode_shapes as decode_bench
-from experiments.bench import peers
 from experiments.common import cli
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "any checkpoint that kvattn reads")
@@ -33,45 +31,26 @@ OUTPUT = flags.DEFINE_string("output", "", "shapes: the JSON, also on a CPU")
 
 def main() -> None:
     if SHAPES.value:
-        rows = dict(sizes.named(name) for name in SHAPES.value)
+        asked = {"batch": BATCH, "context": CONTEXT, "steps": NEW, "rounds": ROUNDS, "layers": LAYERS}
         decode_bench.run(
-            rows,
-            default=str(peers.RESULTS / "bench_decode_shapes.json"),
+            dict(sizes.named(name) for name in SHAPES.value),
+            default=str(comparison.RESULTS / "bench_decode_shapes.json"),
             output=OUTPUT.value,
             candidates=CANDIDATES.value,
-            batch=BATCH.value,
-            context=CONTEXT.value,
-            steps=NEW.value,
-            rounds=ROUNDS.value,
-            layers=LAYERS.value,
+            **{name: flag.value for name, flag in asked.items()},
         )
         return
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        directory = f"{folder}/model"
-        team = peers.start(PYTHON.value)
-        need = PROMPT.value * max(map(int, BATCHES.value))
-        about = {
-            "kvattn_worker": team[0].ask(
-                "export", checkpoint=CHECKPOINT.value, directory=directory, text=TEXT.value, tokens=need
-            )["versions"]
-        }
-        about |= {peer.name: peer.ask("load", checkpoint=directory)["versions"] for peer in team[1:]}
-        for batch in map(int, BATCHES.value):
-            work = (batch, PROMPT.value, NEW.value, directory)
-            results[f"batch {batch}"] = peers.compare_decode(team, ROUNDS.value, *work)
-        for peer in team:
-            peer.close()
-    setting = {
-        "checkpoint": CHECKPOINT.value,
-        "dtype": "float32",
-        "prompt_tokens": PROMPT.value,
-        "new_tokens": NEW.value,
-        "rounds": ROUNDS.value,
-        "peers": about,
-    }
-    print(peers.save("bench_decode", setting, results))
+    setting, results = comparison.decoding(
+        CHECKPOINT.value,
+        TEXT.value,
+        batches=list(map(int, BATCHES.value)),
+        prompt_tokens=PROMPT.value,
+        new_tokens=NEW.value,
+        rounds=ROUNDS.value,
+        peer_python=PYTHON.value,
+    )
+    print(comparison.save("bench_decode", setting, results))
 
 
 if __name__ == "__main__":
-    cli.run(main, config=False)
+    cli.run(main, "bench_decode")

@@ -4,19 +4,17 @@
     python -m experiments.bench_kernels --sweep=bars         # the shapes of the project's bars, and a table of them
     python -m experiments.bench_kernels --plot               # plots of the JSON that is there, nothing measured
 
-Writes experiments/results/bench_kernels.json and its plots; on a CPU only --sweep=quick runs, and is no result.
+Writes experiments/results/bench_kernels.json, made of bench_kernels.jsonl (a line a row), and its plots; on a CPU only
+--sweep=quick runs, and is no result.
 """
 
 import importlib.util
 import pathlib
-import sys
 
 from absl import flags
 
-from experiments.bench import kernel_plot as kernel_bench_plot
-from experiments.bench import kernel_report as kernel_bench_report
+from experiments.bench import comparison, kernel_plot, kernel_report
 from experiments.bench import kernels as kernel_bench
-from experiments.bench import peers
 from experiments.bench.kernel_shapes import SWEEPS
 from experiments.common import cli
 
@@ -28,7 +26,7 @@ ONLY = flags.DEFINE_string("only", "", "only rows whose name has this, e.g. int8
 PYTHON = flags.DEFINE_string("peer_python", "", "an interpreter that has torch; empty = this one")
 TORCH = flags.DEFINE_bool("torch", True, "measure torch's candidates where torch is")
 PLOT = flags.DEFINE_bool("plot", False, "draw the plots of the JSON and measure nothing")
-DEFAULT = peers.RESULTS / "bench_kernels.json"
+DEFAULT = comparison.RESULTS / "bench_kernels.json"
 
 
 def torch() -> kernel_bench.Torch:
@@ -36,31 +34,24 @@ def torch() -> kernel_bench.Torch:
         return kernel_bench.Torch(None, "left out by --notorch")
     if not PYTHON.value and importlib.util.find_spec("torch") is None:
         return kernel_bench.Torch(None, "torch is not installed here; --peer_python names an interpreter that has it")
-    return kernel_bench.Torch(lambda: peers.Peer("torch_attention_worker", PYTHON.value or sys.executable))
+    return kernel_bench.Torch(comparison.worker("torch_attention_worker", PYTHON.value))
 
 
 def main() -> int:
     path = pathlib.Path(OUTPUT.value or DEFAULT)
     if PLOT.value:
-        print("\n".join(map(str, kernel_bench_plot.draw(kernel_bench_report.read(path), path))))
+        print("\n".join(map(str, kernel_plot.draw(kernel_report.read(path), path))))
         return 0
     team = torch()
-    record = kernel_bench.run(
-        SWEEP.value,
-        default=str(DEFAULT),
-        output=OUTPUT.value,
-        rounds=ROUNDS.value,
-        seconds=SECONDS.value,
-        only=ONLY.value,
-        torch=team,
-    )
+    asked = {flag.name: flag.value for flag in (OUTPUT, ROUNDS, SECONDS, ONLY)}
+    record = kernel_bench.run(SWEEP.value, default=str(DEFAULT), torch=team, **asked)
     team.close()
     if SWEEP.value == "bars":
-        print(kernel_bench_report.bars_table(record))
+        print(kernel_report.bars_table(record))
     if OUTPUT.value or record["accelerator"]:
-        print("\n".join(map(str, kernel_bench_plot.draw(record, path))))
-    return 1 if record["errors"] or any(map(kernel_bench_report.failed, record["rows"].values())) else 0
+        print("\n".join(map(str, kernel_plot.draw(record, path))))
+    return 1 if record["errors"] or any(map(kernel_report.failed, record["rows"].values())) else 0
 
 
 if __name__ == "__main__":
-    cli.run(main, config=False)
+    cli.run(main, "bench_kernels")

@@ -7,7 +7,7 @@ Writes experiments/results/bench_load.json.
 
 from absl import flags
 
-from experiments.bench import peers
+from experiments.bench import comparison
 from experiments.common import cli
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "any checkpoint that kvattn reads")
@@ -17,10 +17,10 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "new processes")
 def main() -> None:
     answers = []
     for _ in range(ROUNDS.value):
-        peer = peers.Peer("kvattn_worker")
+        peer = comparison.worker("kvattn_worker")
         answers.append(peer.ask("load", checkpoint=CHECKPOINT.value))
         peer.close()
-    results = peers.medians(answers, "seconds", "peak_memory_bytes")
+    results = comparison.medians(answers, "seconds", "peak_memory_bytes")
     results["weight_bytes"] = answers[0]["weight_bytes"]
     results["peak_of_weights"] = results["peak_memory_bytes"] / results["weight_bytes"]
     print(
@@ -28,8 +28,8 @@ def main() -> None:
         f"= {results['peak_of_weights']:.2f} x the weights as loaded ({results['weight_bytes'] / 2**20:.0f} MiB)"
     )
     setting = {"checkpoint": CHECKPOINT.value, "rounds": ROUNDS.value, "versions": answers[0]["versions"]}
-    print(peers.save("bench_load", setting, results))
+    print(comparison.save("bench_load", setting, results))
 
 
 if __name__ == "__main__":
-    cli.run(main, config=False)
+    cli.run(main, "bench_load")

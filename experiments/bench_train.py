@@ -6,11 +6,9 @@ Each peer has its own process, so peak memory is its own; they take turns on the
 Writes experiments/results/bench_train.json.
 """
 
-import tempfile
-
 from absl import flags
 
-from experiments.bench import peers
+from experiments.bench import comparison
 from experiments.common import cli
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "any checkpoint that kvattn reads")
@@ -23,49 +21,17 @@ PYTHON = flags.DEFINE_string("peer_python", "", "an interpreter that has torch a
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        directory = f"{folder}/model"
-        exporter = peers.Peer("kvattn_worker")
-        exporter.ask(
-            "export",
-            checkpoint=CHECKPOINT.value,
-            directory=directory,
-            text=TEXT.value,
-            tokens=BATCH.value * (LENGTH.value + 1),
-        )
-        exporter.close()
-        team = peers.start(PYTHON.value)
-        request = {"directory": directory, "batch": BATCH.value, "length": LENGTH.value, "learning_rate": RATE.value}
-        about = {peer.name: peer.ask("train_setup", **request)["versions"] for peer in team}
-        first = peers.alternate(team, 1, "train_step_once")
-        runs = peers.alternate(team, ROUNDS.value, "train_step_once")
-        for peer in team:
-            peer.close()
-    results = {}
-    for name, answers in runs.items():
-        results[name] = peers.medians(answers, "seconds")
-        results[name]["tokens_per_second"] = BATCH.value * LENGTH.value / results[name]["seconds"]
-        results[name]["peak_memory_bytes"] = answers[-1]["peak_memory_bytes"]
-        results[name]["losses"] = [answer["loss"] for answer in first[name] + answers]
-        print(
-            f"{name.removesuffix('_worker')}: {results[name]['tokens_per_second']:.1f} tokens/s, peak memory "
-            f"{results[name]['peak_memory_bytes'] / 2**20:.0f} MiB, losses "
-            f"{' '.join(f'{loss:.4f}' for loss in results[name]['losses'])}"
-        )
-    if len(results) > 1:
-        ours, theirs = results["kvattn_worker"], results["transformers_worker"]
-        results["ratio"] = {key: ours[key] / theirs[key] for key in ("tokens_per_second", "peak_memory_bytes")}
-        print("kvattn / transformers:", "  ".join(f"{k} {v:.2f}" for k, v in results["ratio"].items()))
-    setting = {
-        "checkpoint": CHECKPOINT.value,
-        "batch": BATCH.value,
-        "length": LENGTH.value,
-        "dtype": "float32",
-        "rounds": ROUNDS.value,
-        "peers": about,
-    }
-    print(peers.save("bench_train", setting, results))
+    setting, results = comparison.training(
+        CHECKPOINT.value,
+        TEXT.value,
+        batch=BATCH.value,
+        length=LENGTH.value,
+        learning_rate=RATE.value,
+        rounds=ROUNDS.value,
+        peer_python=PYTHON.value,
+    )
+    print(comparison.save("bench_train", setting, results))
 
 
 if __name__ == "__main__":
-    cli.run(main, config=False)
+    cli.run(main, "bench_train")

@@ -11,25 +11,19 @@ import sys
 import jax
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, files
 from kvattn import account, convert, formats
 from kvattn.config import Experiment, executed
 from kvattn.data import batches as data
-from kvattn.data import corpora
 from kvattn.decode import generation as decode
-from kvattn.errors import UserError
 
 JSON = flags.DEFINE_bool("json", False, "print one line of JSON on stdout instead of streaming")
 FILE = flags.DEFINE_string("prompt_file", "", "read the prompt from this file")
-FIELDS = ("prompt", "chat", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "prefill_chunk")
-SHORTCUTS = {name: f"decode.{name}" for name in FIELDS} | {"checkpoint": "checkpoint.path"}
 
 
 def main(cfg: Experiment) -> None:
-    if not cfg.checkpoint.path:
-        raise UserError("checkpoint.path is empty; name the checkpoint to decode with --checkpoint=PATH.")
-    prompt = corpora.read_text(FILE.value, "--prompt_file") if FILE.value else cfg.decode.prompt
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    files.check_checkpoint(cfg, "decode")
+    prompt = files.read_prompt(FILE.value, cfg.decode.prompt)
     loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
     made = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=jax.random.key(cfg.seed))
     model = executed(made.model, cfg.model)
@@ -62,4 +56,4 @@ def main(cfg: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, default="configs/decode_smollm2.py", shortcuts=SHORTCUTS)
+    cli.run(main, "decode")

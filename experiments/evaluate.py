@@ -8,18 +8,18 @@ import json
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, files
 from kvattn.config import Experiment
 from kvattn.evaluate import perplexity as evaluate
 
 JSON = flags.DEFINE_bool("json", False, "print the result as one line of JSON on stdout")
-SHORTCUTS = {"checkpoint": "checkpoint.path", "text": "eval.text", "context": "eval.context", "stride": "eval.stride"}
 
 
 def main(cfg: Experiment) -> None:
+    files.check_checkpoint(cfg, "evaluate")
     result = evaluate.run_checkpoint(cfg)
     print(json.dumps(result) if JSON.value else evaluate.describe(result))
 
 
 if __name__ == "__main__":
-    cli.run(main, default="configs/evaluate.py", shortcuts=SHORTCUTS)
+    cli.run(main, "evaluate")

@@ -56,4 +56,4 @@ def main(words: list[str]) -> int:
 
 if __name__ == "__main__":
     own, rest = launch.split(sys.argv)
-    cli.run(lambda: main(rest), config=False, argv=own)
+    cli.run(lambda: main(rest), "launch", argv=own)

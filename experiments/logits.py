@@ -9,7 +9,7 @@ float32.
 
 from absl import flags
 
-from experiments.common import cli
+from experiments.common import cli, files
 from kvattn import formats
 from kvattn.config import CacheConfig
 from kvattn.evaluate import scoring
@@ -17,19 +17,18 @@ from kvattn.evaluate import scoring
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "smollm2, a directory or a .gguf file")
 TOKENS = flags.DEFINE_string("tokens", "", "NumPy file of integer token ids [T] or [B,T]")
 OUT = flags.DEFINE_string("out", "logits.npy", "NumPy file to write")
-MODE = flags.DEFINE_string("mode", "prefill", "prefill | decode")
+MODE = flags.DEFINE_enum("mode", "prefill", ["prefill", "decode"], "prefill | decode")
 
 
 def main() -> None:
-    scoring.check_mode(MODE.value)
-    tokens = scoring.read_tokens(TOKENS.value)
-    scoring.check_writable(OUT.value)
+    tokens = files.read_tokens(TOKENS.value)
+    files.check_writable(OUT.value)
     loaded = formats.load(CHECKPOINT.value, "float32")
     batch = tokens if tokens.ndim == 2 else tokens[None]
     logits = scoring.logits(loaded.params, loaded.model, batch, mode=MODE.value, cache_cfg=CacheConfig())
-    scoring.write_array(OUT.value, logits if tokens.ndim == 2 else logits[0])
+    files.write_array(OUT.value, logits if tokens.ndim == 2 else logits[0])
     print(f"{OUT.value}: logits of {tokens.shape} tokens, {MODE.value}, from {loaded.source}")
 
 
 if __name__ == "__main__":
-    cli.run(main, config=False)
+    cli.run(main, "logits")

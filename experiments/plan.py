@@ -24,42 +24,29 @@ SIZE = flags.DEFINE_string("size", "palm-540b", "row of configs/sizes.py")
 SLICE = flags.DEFINE_string("slice", "", "v4:4x4x4, v5e:8x8, H200:8, ...; instead of --chip and --chips")
 CHIP = flags.DEFINE_string("chip", "v4", "row of sharding/cost/hardware.py")
 CHIPS = flags.DEFINE_integer("chips", 64, "number of chips")
-BATCH = flags.DEFINE_integer("batch", 64, "sequences of the pass")
-CONTEXT = flags.DEFINE_integer("context", 2048, "tokens per sequence when the pass ends")
-PHASE = flags.DEFINE_string("phase", "decode", "prefill | decode")
-TOKENS = flags.DEFINE_integer("tokens", 0, "new tokens per sequence; 0 = the context in prefill, 1 in decode")
-WEIGHTS = flags.DEFINE_string("weights", "bfloat16", "bfloat16 | int8")
-KV = flags.DEFINE_string("kv", "bfloat16", "cache type: float32 | bfloat16 | fp8 | int8 | int4")
+ASKED = (  # by the names that kvattn.plan gives them
+    flags.DEFINE_integer("batch", 64, "sequences of the pass"),
+    flags.DEFINE_integer("context", 2048, "tokens per sequence when the pass ends"),
+    flags.DEFINE_string("phase", "decode", "prefill | decode"),
+    flags.DEFINE_integer("tokens", 0, "new tokens per sequence; 0 = the context in prefill, 1 in decode"),
+    flags.DEFINE_string("weights", "bfloat16", "bfloat16 | int8"),
+    flags.DEFINE_string("kv", "bfloat16", "cache type: float32 | bfloat16 | fp8 | int8 | int4"),
+    flags.DEFINE_string("overlap", "full", "sort by: full | memory (collectives block) | none (all in turn)"),
+    flags.DEFINE_string("links", "all", "bandwidth of a collective: all | axes (of its torus axes only)"),
+    flags.DEFINE_bool("pad_heads", True, "pad query heads with zero heads where a layout does not divide them"),
+)
 LATENCY = flags.DEFINE_float("latency_ms", 0.0, "longest pass allowed, in milliseconds; 0 = any")
-OVERLAP = flags.DEFINE_string("overlap", "full", "sort by: full | memory (collectives block) | none (all in turn)")
-LINKS = flags.DEFINE_string("links", "all", "bandwidth of a collective: all | axes (of its torus axes only)")
 MESH = flags.DEFINE_string("mesh", "", "only this mesh, XxYxZ; empty = every factorisation")
 LAYOUT = flags.DEFINE_list("layouts", [], "only these layouts, e.g. ws_2d/by_batch:xyz,ws_2d/replicated")
-PAD = flags.DEFINE_bool("pad_heads", True, "pad query heads with zero heads where a layout does not divide them")
 ROWS = flags.DEFINE_integer("rows", 12, "rows to show")
 JSON = flags.DEFINE_bool("json", False, "print the plan as one line of JSON on stdout")
 
 
 def main() -> int:
     chip, chips = plan.machine(SLICE.value, CHIP.value, CHIPS.value)
-    found = plan.plan(
-        size(SIZE.value),
-        CacheConfig(dtype="bfloat16"),
-        chip=chip,
-        chips=chips,
-        batch=BATCH.value,
-        context=CONTEXT.value,
-        phase=PHASE.value,
-        tokens=TOKENS.value,
-        weights=WEIGHTS.value,
-        kv=KV.value,
-        latency=LATENCY.value / 1e3,
-        overlap=OVERLAP.value,
-        links=LINKS.value,
-        pad_heads=PAD.value,
-        layouts=plan.parse_layouts(LAYOUT.value),
-        meshes=plan.parse_mesh(MESH.value),
-    )
+    asked = {flag.name: flag.value for flag in ASKED} | {"chip": chip, "chips": chips, "latency": LATENCY.value / 1e3}
+    layouts, meshes = plan.parse_layouts(LAYOUT.value), plan.parse_mesh(MESH.value)
+    found = plan.plan(size(SIZE.value), CacheConfig(dtype="bfloat16"), layouts=layouts, meshes=meshes, **asked)
     if JSON.value:
         print(json.dumps(found.as_dict(ROWS.value)))
     else:
@@ -70,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, config=False)
+    cli.run(main, "plan")

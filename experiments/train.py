@@ -22,4 +22,4 @@ def main(cfg: Experiment) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, default="configs/train_tiny.py")
+    cli.run(main, "train")

@@ -10,4 +10,4 @@ from experiments.common import cli
 from experiments.train import main
 
 if __name__ == "__main__":
-    cli.run(main, default="configs/uptrain_gqa.py")
+    cli.run(main, "uptrain")

@@ -19,9 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.bench import kernel_rows
 from experiments.bench import kernels as kernel_bench
 from experiments.bench.kernel_report import NO_RESULT
 from experiments.bench.kernel_shapes import STORES, draw
+from experiments.common import machine
+from experiments.common.journal import write_whole
 from kvattn import account, cache, model
 from kvattn.attention.step import DECODERS, reason_against
 from kvattn.cache import quantized
@@ -228,20 +231,17 @@ def run(
         raise UserError(f"--output is {output}, which holds figures of accelerators, and this is a cpu; name another.")
     path = pathlib.Path(output or default) if output or here != "cpu" else None
     copy = kernel_bench.measure_copy(kernel_bench.COPY_BYTES[here], kernel_bench.MEASURE_SECONDS[here])
-    chip = jax.devices()[0]
     record = {
         "benchmark": "bench_decode_shapes",
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "date": machine.now(),
         "command": " ".join(["python", "-m", "experiments.bench_decode", *sys.argv[1:]]),
-        "device_kind": chip.device_kind,
-        "platform": chip.platform,
-        "accelerator": chip.platform != "cpu",
-        "versions": kernel_bench.versions({"versions": {}}),
+        **machine.accelerator(),
+        "versions": kernel_rows.versions(),
         "copy": copy,
         "results": {},
     }
     print("" if record["accelerator"] else f"{NO_RESULT}; this checks that the command runs")
-    print(f"{chip.device_kind}: copy {copy['bytes_per_second'] / 1e9:.0f} GB/s read and written", flush=True)
+    print(f"{record['device_kind']}: copy {copy['bytes_per_second'] / 1e9:.0f} GB/s read and written", flush=True)
     for name, cfg in shapes.items():
         cfg = dataclasses.replace(cfg, n_layers=layers or cfg.n_layers)
         setting = {"batch": batch, "context": context, "steps": steps, "rounds": rounds, "layers": cfg.n_layers}
@@ -249,7 +249,7 @@ def run(
         record["results"][name] = {"setting": setting, "candidates": entries}
         print(lines(name, setting, entries), flush=True)
         if path:
-            kernel_bench.write(path, record)
+            write_whole(path, record)
         gc.collect()
     print(f"\n{bar(record)}" + (f"\nwritten to {path}" if path else f"\nnothing written, {NO_RESULT}"))
     return record

@@ -5,7 +5,8 @@ from typing import Any
 
 from experiments.bench.kernel_report import BANDWIDTH, NO_RESULT, ours, timed, under_l2
 from experiments.bench.kernel_shapes import STORES, Shape
-from experiments.study.plot import COLOURS, GREY, INK, PALE
+from experiments.common import plot_style
+from experiments.common.plot_style import COLOURS, GREY, INK, PALE
 
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
 MARKS = {"contiguous": "o", "latent": "D", "paged": "s", "ragged": "^"}
@@ -22,22 +23,12 @@ def draw(record: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _axes(record: dict[str, Any], title: str):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 5.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, ((axes,),) = plot_style.figure(9.6, 5.6)
     note = "" if record["accelerator"] else f"   ({NO_RESULT})"
-    axes.set_title(
-        f"{title}      {record['device_kind']}, {record['date'][:10]}{note}", loc="left", fontsize=11, color=INK
-    )
+    plot_style.title(axes, f"{title}      {record['device_kind']}, {record['date'][:10]}{note}", 11)
     axes.set_xscale("log")
     axes.set_xlabel("bytes of cache that a step reads (log scale)")
-    axes.grid(color="#eeeeee", zorder=0)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plot_style.plain(axes)
     return figure, axes
 
 

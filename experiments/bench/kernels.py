@@ -12,16 +12,11 @@ is that of one call in a loop of calls in one program, where nothing can be hois
 import dataclasses
 import functools
 import gc
-import hashlib
-import importlib.metadata
-import json
 import math
 import os
 import pathlib
-import platform
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,13 +26,14 @@ import jax.numpy as jnp
 
 from experiments.bench import kernel_report as report
 from experiments.bench.kernel_candidates import Call, candidates, query_dtype, truth
+from experiments.bench.kernel_rows import Rows
 from experiments.bench.kernel_shapes import Shape, cache_bytes, inputs, sweep
+from experiments.common import machine
+from experiments.common.child import Child, ChildError
 from kvattn.errors import UserError
 from pallas_kernels import BACKENDS, KV, KernelError
 
 WRONG = 2e-2  # |out - float32| / |float32|: probabilities rounded to bf16 give about 3e-3
-L2_BYTES = {"NVIDIA H200": 60 << 20, "NVIDIA H100 80GB HBM3": 50 << 20}  # as the driver gives it
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu", "nvidia-cudnn-cu13", "tokamax")
 MEASURE_SECONDS = {"cpu": 1e-4, "gpu": 25e-3, "tpu": 25e-3}  # at the copy's speed; a slower candidate takes longer
 COPY_BYTES = {"cpu": 64 << 20, "gpu": 2 << 30, "tpu": 1 << 30}
 COPY_ROUNDS = 9
@@ -111,50 +107,42 @@ def launches(hlo: str) -> float | None:
 
 
 class Torch:
-    """torch's candidates in a worker (bench/peers/torch_attention_worker.py), started by `start` when asked for and
-    anew after it has died. `start` None: there is none, for the reason `why`."""
+    """torch's candidates in a worker (bench/peers/torch_attention_worker.py). `child` None: there is none, for the
+    reason `why`."""
 
-    def __init__(self, start: Callable[[], Any] | None, why: str = ""):
-        self.start, self.why, self.peer = start, why, None
-
-    def _ask(self, op: str, **request: Any) -> dict[str, Any]:
-        try:
-            if self.peer is None:
-                self.peer = self.start()
-            return self.peer.ask(op, **request)
-        except (RuntimeError, OSError) as error:  # it ended, and its pipe with it
-            self.peer = None
-            raise RuntimeError(f"torch's worker ended: {error}") from error
+    def __init__(self, child: Child | None, why: str = ""):
+        self.child, self.why = child, why
 
     def about(self) -> dict[str, Any]:
         """{versions, l2_bytes, missing: name -> why}; {missing: {"torch": why}} where it cannot work at all."""
-        if self.start is None:
+        if self.child is None:
             return {"versions": {}, "missing": {"torch": self.why}}
         try:
-            answer = self._ask("about")
-        except RuntimeError as error:
-            answer = {"versions": {}, "missing": {"torch": str(error)}}
+            answer = self.child.ask("about")
+        except ChildError as error:
+            answer = {"versions": {}, "missing": {"torch": f"torch's worker ended: {error}"}}
         if "torch" in answer["missing"]:
-            self.start, self.why = None, answer["missing"]["torch"]
+            self.close()
+            self.child, self.why = None, answer["missing"]["torch"]
         return answer
 
     def prepare(self, shape: Shape, calls: int) -> dict[str, dict[str, Any]]:
         """Entries of its candidates for this shape, checked by the worker against float32 on its own inputs."""
-        if self.start is None:
+        if self.child is None:
             return {"torch": {"refused": self.why}}
         request = dataclasses.asdict(shape) | {"lengths": shape.lengths.tolist(), "scale": shape.scale}
         try:
-            return self._ask("prepare", shape=request, calls=calls, wrong=WRONG)
-        except RuntimeError as error:
-            return {"torch": {"error": str(error)}}
+            return self.child.ask("prepare", shape=request, calls=calls, wrong=WRONG)
+        except ChildError as error:
+            return {"torch": {"error": f"torch's worker ended: {error}"}}
 
     def turn(self, name: str) -> float:
         """Seconds of one call."""
-        return self._ask("turn", name=name)["seconds"]
+        return self.child.ask("turn", name=name)["seconds"]
 
     def close(self) -> None:
-        if self.peer is not None:
-            self.peer.close()
+        if self.child is not None:
+            self.child.close()
 
 
 def check(out: jax.Array, want: jax.Array) -> dict[str, Any]:
@@ -206,7 +194,7 @@ def measure_row(shape: Shape, limit: float, rounds: int, torch: Torch) -> dict[s
         "cache_bytes": size,
         "calls": calls,
         "copy_bytes_per_second": limit,
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "date": machine.now(),
         "kernels": entries,
         **report.against(entries, list(BACKENDS)),
     }
@@ -262,57 +250,6 @@ def one_line(error: BaseException) -> str:
 # --- a run ------------------------------------------------------------------------------------------------------
 
 
-def versions(torch: dict[str, Any]) -> dict[str, str]:
-    """What a figure depends on: packages, and the kernels' own source."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    folder = pathlib.Path(sys.modules["pallas_kernels"].__file__).parent
-    source = b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
-    return found | torch["versions"] | {"pallas_kernels": hashlib.sha256(source).hexdigest()[:12]}
-
-
-def start_record(output: pathlib.Path | None, about: dict[str, Any]) -> dict[str, Any]:
-    """A record of this run with the rows of `output` that the same device and versions made."""
-    chip = jax.devices()[0]
-    record = {
-        "benchmark": "bench_kernels",
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": " ".join(["python", "-m", "experiments.bench_kernels", *sys.argv[1:]]),
-        "device_kind": chip.device_kind,
-        "platform": chip.platform,
-        "accelerator": chip.platform != "cpu",
-        "versions": versions(about),
-        "missing": about["missing"],
-        "l2_bytes": about.get("l2_bytes") or L2_BYTES.get(chip.device_kind, 0),
-        "errors": {},
-        "rows": {},
-    }
-    if output is None or not output.exists():
-        return record
-    before = report.read(output)
-    same = all(before.get(key) == record[key] for key in ("device_kind", "versions"))
-    kept = {name: row for name, row in before["rows"].items() if same and not report.failed(row)}
-    if len(kept) < len(before["rows"]):
-        print(
-            f"{output}: {len(before['rows']) - len(kept)} of {len(before['rows'])} rows are of another device, of "
-            "other versions or failed; they are measured again",
-            flush=True,
-        )
-    return record | {"rows": kept}
-
-
-def write(output: pathlib.Path, record: dict[str, Any]) -> None:
-    """All at once: a run that is stopped leaves a whole file."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, output)
-
-
 def choose_sweep(name: str, default: str) -> tuple[list[Shape], pathlib.Path | None]:
     """(shapes, `default` as the output where figures are results). Raises UserError for a sweep that needs an
     accelerator on a machine without."""
@@ -339,7 +276,7 @@ def run(
 ) -> dict[str, Any]:
     """Measures the rows of a sweep that `output` does not have yet, for at most `seconds` (0 = all of them), printing
     and writing each as it comes; returns the record. Raises UserError for flags that fit nothing here."""
-    if torch.start is not None:  # room for the worker's arrays; JAX reads this when it first sees the device
+    if torch.child is not None:  # room for the worker's arrays; JAX reads this when it first sees the device
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
     shapes, path = choose_sweep(sweep_name, default)
     shapes = [shape for shape in shapes if only in shape.name]
@@ -352,7 +289,8 @@ def run(
         raise UserError(f"--output is {output}, which holds figures of accelerators, and this is a cpu; name another.")
     path = pathlib.Path(output) if output else path
     began, about = time.monotonic(), torch.about()
-    record = start_record(path, about)
+    rows = Rows(path, about)
+    record = rows.record
     record["copy"] = measure_copy(COPY_BYTES[here], MEASURE_SECONDS[here])
     print(report.head(record), flush=True)
     left = [shape for shape in shapes if shape.name not in record["rows"]]
@@ -365,11 +303,8 @@ def run(
             record["errors"][shape.name] = one_line(error)
             print(f"\n{shape.name}   error: {one_line(error)}", flush=True)
             continue
-        record["rows"][shape.name] = row
+        rows.add(shape.name, row)
         print(report.lines(shape.name, row, record["l2_bytes"]), flush=True)
-        if path:
-            record["bars"] = report.bars(record)
-            write(path, record)
         jax.clear_caches()
         gc.collect()
     todo = [shape.name for shape in shapes if shape.name not in record["rows"]]

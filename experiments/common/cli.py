@@ -1,13 +1,13 @@
 """The door of every command: flags and config in, one-line errors out.
 
-A command is a module `experiments/NAME.py` whose main takes the typed, validated config:
+A command is a module `experiments/NAME.py` (or a package's `__main__.py`) whose main takes the typed, validated config:
 
     from experiments.common import cli
 
     def main(cfg: Experiment) -> int | None: ...
 
     if __name__ == "__main__":
-        cli.run(main, default="configs/x.py", shortcuts={"prompt": "decode.prompt"})
+        cli.run(main, "NAME")          # its row of experiments/common/commands.py: default config, shortcuts
 
 `--config=configs/x.py:arg` names the file whose `get_config(arg)` returns a ConfigDict (or an Experiment);
 `--config.key.sub=value` overrides one field, `--prompt=...` is short for `--config.decode.prompt=...`. Other
@@ -37,6 +37,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments.common.commands import COMMANDS, Row
 from kvattn import config as config_lib
 from kvattn.errors import UserError
 from sharding import ShardingError
@@ -75,21 +76,15 @@ def _literal(text: str) -> Any:
 config_flags.register_flag_parser_for_type(tuple, _Tuples())
 
 
-def run(
-    main: Callable[..., int | None],
-    *,
-    default: str = "",
-    config: bool = True,
-    shortcuts: Mapping[str, str] | None = None,
-    argv: Sequence[str] | None = None,
-) -> None:
-    """Parses `argv` (sys.argv), calls `main(cfg)`, or `main()` with config=False, and exits the process.
+def run(main: Callable[..., int | None], command: str | Row | None, *, argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` (sys.argv), calls `main(cfg)`, or `main()` of a command without a config, and exits the process.
 
-    `default` is the config file used when --config is not given; `shortcuts` maps a flag name to the config
-    field it sets. Exit codes: what main returns, 2 for bad input, 130 for Ctrl-C.
+    `command`: a name of `commands.COMMANDS`, or a row as there. Exit codes: what main returns, 2 for bad input, 130 for
+    Ctrl-C.
     """
     argv = list(sys.argv if argv is None else argv)
-    shortcuts = dict(shortcuts or {})
+    row = COMMANDS[command] if isinstance(command, str) else command
+    config, default, shortcuts = row is not None, row.default if row else "", dict(row.shortcuts if row else {})
     _leave_out_absent()
     # A failed save raises once and is reported once; asyncio would tell of its other tasks at exit.
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)

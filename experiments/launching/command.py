@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from experiments.common.commands import WITH_CONFIG
 from kvattn.errors import UserError
 from sharding import ShardingError
 from sharding.compiler import topology
@@ -189,9 +190,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def commands() -> list[str]:
     """The experiments that take a config, as modules."""
-    files = sorted((ROOT / "experiments").glob("*.py"))
-    texts = {f.stem: f.read_text(encoding="utf-8") for f in files}
-    return [f"experiments.{name}" for name, text in texts.items() if re.search(r"cli\.run\(main, default=", text)]
+    return [f"experiments.{name}" for name in WITH_CONFIG]
 
 
 def resolve(words: Sequence[str]) -> Command:

@@ -18,6 +18,4 @@ def main(cfg: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    fields = ("compile", "slices", "batches", "contexts", "phases", "tokens", "weights", "layouts", "meshes", "measure")
-    shortcuts = {name: f"sharding_study.{name}" for name in fields} | {n: n for n in ("workdir", "variants")}
-    cli.run(main, default="configs/sharding_study.py", shortcuts=shortcuts)
+    cli.run(main, "sharding_study")

@@ -1,16 +1,16 @@
 """frontier.png, context.png and memory.png of a sharding study."""
 
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from experiments.study.plot import COLOURS, GREY, INK, PALE
+from experiments.common import plot_style
+from experiments.common.plot_style import COLOURS, GREY, INK, LIMIT, PALE
+from experiments.sharding_study.cells import Cell
 from kvattn import plan
 from kvattn.config import Experiment
 from sharding import ShardingError, cost
+from sharding.cost.hardware import CHIPS
 from sharding.layout import layouts
-
-if TYPE_CHECKING:
-    from experiments.sharding_study.run import Cell
 
 KV = ("replicated", "by_head:z", "by_head:yz", "by_head:xyz", "by_batch:z", "by_batch:yz", "by_batch:xyz", "by_seq:xyz")
 CONTEXTS = tuple(1 << i for i in range(7, 21))
@@ -18,15 +18,16 @@ PANELS = 6  # of context.png
 BARS = 24  # of memory.png
 FAR = 10  # times the best latency: slower rows are left out of frontier.png
 GIB = 2**30
+DPI = 120
 
 
-def names(cells: tuple["Cell", ...], lines: dict[str, list[Any]]) -> list[str]:
+def names(cells: tuple[Cell, ...], lines: dict[str, list[Any]]) -> list[str]:
     """The plots that these lines give."""
     fit = [cell for cell in cells if lines[cell.id]]
     return (["frontier"] if fit else []) + (["context"] if _decodes(fit) else []) + (["memory"] if fit else [])
 
 
-def draw(cfg: Experiment, cells: tuple["Cell", ...], lines: dict[str, list[Any]], workdir: pathlib.Path) -> None:
+def draw(cfg: Experiment, cells: tuple[Cell, ...], lines: dict[str, list[Any]], workdir: pathlib.Path) -> None:
     """Draws what `names` says into `workdir`."""
     fit = [cell for cell in cells if lines[cell.id]]
     makers = {"frontier": frontier, "context": context, "memory": memory}
@@ -34,29 +35,13 @@ def draw(cfg: Experiment, cells: tuple["Cell", ...], lines: dict[str, list[Any]]
         makers[name](cfg, fit, lines).savefig(workdir / f"{name}.png")
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _plain(axes: Any) -> None:
-    axes.grid(color="#eeeeee", zorder=0)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def frontier(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
+def frontier(cfg: Experiment, cells: list[Cell], lines: dict[str, list[Any]]):
     """Cost against latency, a panel per phase: the best row of each cell, joined over batches; every other row pale;
     what the compiler and the paper say."""
     phases = list(dict.fromkeys(cell.phase for cell in cells))
-    figure, panels = _figure(6.4 * len(phases) + 1, 5.2, 1, len(phases))
+    figure, panels = plot_style.figure(6.4 * len(phases) + 1, 5.2, 1, len(phases), dpi=DPI)
     for axes, phase in zip(panels[0], phases, strict=True):
-        _plain(axes)
+        plot_style.plain(axes)
         groups: dict[tuple, list] = {}
         for cell in (c for c in cells if c.phase == phase):
             group = (cell.variant, cell.slice, cell.context, cell.weights)
@@ -73,7 +58,7 @@ def frontier(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
         axes.set_xlabel(f"ms per {'step' if phase == 'decode' else 'prefill'} (log)")
         axes.set_ylabel("chip-milliseconds per token (log, lower is cheaper)")
         title = f"{phase}: best layout of each batch, predicted (overlap {cfg.sharding_study.rank!r})"
-        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        plot_style.title(axes, title)
         axes.legend(fontsize=7, frameon=False)
     return figure
 
@@ -98,7 +83,7 @@ def _cost(cfg: Experiment, line: Any) -> float:
     return _latency(cfg, line) * line.cell.chips / (line.cell.batch * line.cell.tokens)
 
 
-def _frontier_of(cfg: Experiment, axes: Any, group: tuple, members: list["Cell"], lines, colour: str, mark: str):
+def _frontier_of(cfg: Experiment, axes: Any, group: tuple, members: list[Cell], lines, colour: str, mark: str):
     members = sorted(members, key=lambda c: c.batch * c.tokens)
     best = [lines[cell.id][0] for cell in members]
     xs, ys = [_latency(cfg, b) for b in best], [_cost(cfg, b) for b in best]
@@ -115,7 +100,7 @@ def _frontier_of(cfg: Experiment, axes: Any, group: tuple, members: list["Cell"]
                 axes.plot(1e3 * line.paper, 1e3 * line.paper * per, "*", ms=11, color=colour, zorder=5)
 
 
-def _decodes(cells: list["Cell"]) -> list["Cell"]:
+def _decodes(cells: list[Cell]) -> list[Cell]:
     """One decode cell per variant and slice: the largest batch."""
     found: dict[tuple, Any] = {}
     for cell in sorted((c for c in cells if c.phase == "decode"), key=lambda c: c.batch):
@@ -123,17 +108,17 @@ def _decodes(cells: list["Cell"]) -> list["Cell"]:
     return list(found.values())[:PANELS]
 
 
-def context(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
+def context(cfg: Experiment, cells: list[Cell], lines: dict[str, list[Any]]):
     """Predicted step time against context, a line per KV layout, under the FFN layout and mesh of the cell's best row;
     a line ends where the memory does. Diamonds: the compiler, of any layout it was asked for."""
     chosen = _decodes(cells)
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure, panels = _figure(5.2 * columns + 0.6, 4.2 * rows, rows, columns)
+    figure, panels = plot_style.figure(5.2 * columns + 0.6, 4.2 * rows, rows, columns, dpi=DPI)
     for axes in panels.flat[len(chosen) :]:
         axes.set_visible(False)
     for axes, cell in zip(panels.flat, chosen):
-        _plain(axes)
+        plot_style.plain(axes)
         best = lines[cell.id][0].predicted
         ffn, mesh = best["layout"].partition("/")[0], tuple(best["mesh"])
         for names_, xs, ys in _merged(context_lines(cell, ffn, mesh, cfg.sharding_study.rank)):
@@ -162,12 +147,8 @@ def context(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
         axes.tick_params(which="both", labelsize=8)
         axes.set_xlabel("context, tokens (log; a line ends where memory does)")
         axes.set_ylabel("ms per decode step (log)")
-        axes.set_title(
-            f"{cell.variant} {cell.slice} B{cell.batch} {cell.weights}: {ffn} on {'x'.join(map(str, mesh))}",
-            loc="left",
-            fontsize=9,
-            color=INK,
-        )
+        where = f"{cell.variant} {cell.slice} B{cell.batch} {cell.weights}: {ffn} on {'x'.join(map(str, mesh))}"
+        plot_style.title(axes, where, 9)
         axes.legend(fontsize=7, frameon=False)
     return figure
 
@@ -193,11 +174,11 @@ def _merged(found: list[tuple[str, list, list]]) -> list[tuple[list[str], list, 
     return out
 
 
-def _key(cell: "Cell") -> tuple:
+def _key(cell: Cell) -> tuple:
     return cell.variant, cell.slice, cell.batch
 
 
-def context_lines(cell: "Cell", ffn: str, mesh: tuple[int, int, int], overlap: str) -> list[tuple[str, list, list]]:
+def context_lines(cell: Cell, ffn: str, mesh: tuple[int, int, int], overlap: str) -> list[tuple[str, list, list]]:
     """(KV layout, contexts that fit, predicted seconds of a decode step) for every KV layout that the cell allows."""
     work, out = plan.workload(cell.padded[0], cell.row.cache, weights=cell.weights), []
     for kv in KV:
@@ -224,12 +205,12 @@ def context_lines(cell: "Cell", ffn: str, mesh: tuple[int, int, int], overlap: s
     return out
 
 
-def memory(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
+def memory(cfg: Experiment, cells: list[Cell], lines: dict[str, list[Any]]):
     """Bytes per chip of each cell's best row: predicted weights, cache and activations, and beside it what the TPU
     compiler plans; the line is the chip's memory."""
     shown = cells[:BARS]
-    figure, ((axes,),) = _figure(9.5, 1.6 + 0.5 * len(shown))
-    _plain(axes)
+    figure, ((axes,),) = plot_style.figure(9.5, 1.6 + 0.5 * len(shown), dpi=DPI)
+    plot_style.plain(axes)
     parts = ("weights", "cache", "activations")
     for i, cell in enumerate(shown):
         line = lines[cell.id][0]
@@ -244,8 +225,8 @@ def memory(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
             held, rest = plan_["arguments"] / GIB, (plan_["total"] - plan_["arguments"]) / GIB
             axes.barh(i + 0.2, held, 0.36, color=GREY)
             axes.barh(i + 0.2, rest, 0.36, left=held, color=PALE)
-        limit = cost.CHIPS[cell.chip].hbm_bytes / GIB
-        axes.plot([limit, limit], [i - 0.42, i + 0.42], color="#b00020", lw=1.6)
+        limit = CHIPS[cell.chip].hbm_bytes / GIB
+        axes.plot([limit, limit], [i - 0.42, i + 0.42], color=LIMIT, lw=1.6)
         largest = max(left, done["memory"]["total"] / GIB if done else 0)
         axes.annotate(
             f"{largest:.3g} of {limit:.3g}",
@@ -258,10 +239,10 @@ def memory(cfg: Experiment, cells: list["Cell"], lines: dict[str, list[Any]]):
         )
     axes.barh([0], [0], color=GREY, label="compiled: weights and cache")
     axes.barh([0], [0], color=PALE, label="compiled: temporaries and code")
-    axes.plot([], [], color="#b00020", label="memory of the chip")
+    axes.plot([], [], color=LIMIT, label="memory of the chip")
     axes.set_yticks(range(len(shown)), [f"{c.id}\n{lines[c.id][0].predicted['layout']}" for c in shown], fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("GiB per chip; upper bar predicted, lower bar the TPU compiler")
-    axes.set_title(f"{cfg.name}: memory of each question's best layout", loc="left", fontsize=10, color=INK)
+    plot_style.title(axes, f"{cfg.name}: memory of each question's best layout")
     axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -1.0 / (len(shown) + 1)), ncols=3)
     return figure

@@ -2,15 +2,14 @@
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich.table
 
 from experiments.sharding_study import plot as sharding_study_plot
+from experiments.sharding_study.answers import measured_key
+from experiments.sharding_study.cells import Cell
 from kvattn.config import Experiment
-
-if TYPE_CHECKING:
-    from experiments.sharding_study.run import Cell
 
 TOP = 8  # predicted rows shown of a cell
 REFUSED = 12  # reasons shown for which layouts do not fit
@@ -50,7 +49,7 @@ therefore exceed 100 %.
 class Line:
     """One row of a cell with all its answers; each is a record or None."""
 
-    cell: "Cell"
+    cell: Cell
     predicted: dict[str, Any]
     compiled: dict[str, Any] | None
     measured: dict[str, Any] | None
@@ -83,10 +82,8 @@ class Line:
         return (*out, measured_text(self.measured), ms(self.paper) if self.paper else "-")
 
 
-def lines_of(cells: tuple["Cell", ...], records: list[dict[str, Any]], cfg: Experiment) -> dict[str, list[Line]]:
+def lines_of(cells: tuple[Cell, ...], records: list[dict[str, Any]], cfg: Experiment) -> dict[str, list[Line]]:
     """Of every planned cell its rows that fit, best first. Measurements of a cut go to all rows with that cut."""
-    from experiments.sharding_study.run import measured_key
-
     predicted: dict[str, list[dict[str, Any]]] = {}
     for r in records:
         if r["kind"] == "predicted" and not r["reason"]:
@@ -106,13 +103,13 @@ def lines_of(cells: tuple["Cell", ...], records: list[dict[str, Any]], cfg: Expe
     return out
 
 
-def summary_lines(cells: tuple["Cell", ...], lines: dict[str, list[Line]]) -> list[Line]:
+def summary_lines(cells: tuple[Cell, ...], lines: dict[str, list[Line]]) -> list[Line]:
     """The best row of each cell, and rows that the paper measured or that were compiled."""
     return [line for cell in cells for i, line in enumerate(lines[cell.id]) if i == 0 or line.compiled or line.paper]
 
 
 def write(
-    cfg: Experiment, cells: tuple["Cell", ...], records: list[dict[str, Any]], workdir: pathlib.Path, plots: bool = True
+    cfg: Experiment, cells: tuple[Cell, ...], records: list[dict[str, Any]], workdir: pathlib.Path, plots: bool = True
 ) -> rich.table.Table:
     """Writes report.md and, with `plots`, the PNGs; returns the console table."""
     lines = lines_of(cells, records, cfg)

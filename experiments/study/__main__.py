@@ -17,4 +17,4 @@ def main(cfg: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, default="configs/study_smollm2.py")
+    cli.run(main, "study")

@@ -5,20 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from experiments.common import plot_style
+from experiments.common.plot_style import COLOURS, GREY, PALE
 from kvattn.config import Experiment
-
-INK, GREY, PALE = "#1a1a1a", "#8a8a8a", "#c9c9c9"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#6a3d9a", "#b8860b", "#17869c", "#7f0000")
 
 
 def draw(cfg: Experiment, rows: list[dict[str, Any]], reference: dict[str, Any] | None, path: pathlib.Path) -> None:
     """Draws `rows` (study_report.rows_of) into `path`; x is logarithmic, y is nats per token."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 6.0), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, ((axes,),) = plot_style.figure(9.6, 6.0)
     sizes = _dodge([row["last"]["kv_bytes_per_token_at_context"] for row in rows])
     axes.set_xscale("log")
     axes.set_xlim(min(sizes) / 1.7, max(sizes) * 1.7)
@@ -103,11 +97,8 @@ def _decorate(cfg: Experiment, axes: Any, rows: list[dict[str, Any]]) -> None:
     tokens = cfg.train.steps * cfg.data.batch_size * cfg.data.seq_len
     both = any("before" in row for row in rows)
     how = "○ converted   ● then trained on" if both else "● trained from scratch on"
-    axes.set_title(f"{cfg.name}      {how} {tokens:,} tokens", loc="left", fontsize=11, color=INK)
-    axes.grid(axis="y", color="#eeeeee", zorder=0)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plot_style.title(axes, f"{cfg.name}      {how} {tokens:,} tokens", 11)
+    plot_style.plain(axes, "y")
     right.spines["right"].set_visible(False)
 
 

@@ -2,6 +2,8 @@
 
 import math
 import pathlib
+import shlex
+import sys
 from typing import Any
 
 import numpy as np
@@ -221,9 +223,6 @@ def _meaning(cfg: Experiment, rows: list[dict[str, Any]], reference: dict[str, A
 
 def command(cfg: Experiment) -> str:
     """The command that made this process, as typed."""
-    import shlex
-    import sys
-
-    if "study" not in pathlib.Path(sys.argv[0]).name:
+    if pathlib.Path(sys.argv[0]).parent.name != "study":  # python -m gives the package's __main__.py
         return f"experiments.study.run.run(cfg)  # workdir {cfg.workdir}"
     return "python -m experiments.study " + shlex.join(sys.argv[1:])

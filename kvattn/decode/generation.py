@@ -346,7 +346,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], width: int) -> tuple[jax.Array
 def check_prompts(cfg: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
     """Raises UserError for no prompt, an empty prompt, or an id outside [0, W)."""
     if not prompts:
-        raise UserError("there is no prompt; give one with --prompt, --prompt_file or on standard input.")
+        raise UserError("there is no prompt; give at least one.")
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {row} is empty; give at least one token.")
@@ -365,7 +365,7 @@ def encode_prompt(tokenizer: Any, text: str, chat: bool) -> list[int]:
     Raises UserError for an empty prompt, or `chat` with a checkpoint that has no template.
     """
     if not text:
-        raise UserError("the prompt is empty; give one with --prompt, --prompt_file or on standard input.")
+        raise UserError("the prompt is empty; give it some text.")
     if not chat:
         return tokenizer.encode(text)
     return tokenizer.encode(tokenizer.apply_chat([{"role": "user", "content": text}]), add_bos=False)

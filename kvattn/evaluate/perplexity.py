@@ -187,7 +187,7 @@ def run_checkpoint(cfg: Experiment) -> dict[str, Any]:
     no checkpoint is named, a mesh of several devices, or anything that loading, converting or `run` raises.
     """
     if not cfg.checkpoint.path:
-        raise UserError("checkpoint.path is empty; name the checkpoint to evaluate with --checkpoint=PATH.")
+        raise UserError("checkpoint.path is empty; name the checkpoint to evaluate.")
     if (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) != (1, 1, 1):
         raise UserError("mesh has several devices but evaluation runs on one; leave config.mesh at 1.")
     loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)

@@ -194,7 +194,7 @@ def command(monkeypatch, capsys):
 
     def run(*args):
         with pytest.raises(SystemExit) as stop:
-            cli.run(program.main, default="configs/decode_smollm2.py", shortcuts=program.SHORTCUTS, argv=["x", *args])
+            cli.run(program.main, "decode", argv=["x", *args])
         for flag in (program.JSON, program.FILE):
             flag._flagvalues[flag.name].unparse()
         return (stop.value.code or 0, *capsys.readouterr())

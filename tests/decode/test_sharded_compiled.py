@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 
 from configs.sizes import size
-from experiments.sharding_study import jobs as sharded_jobs
+from experiments.sharding_study import program as program_lib
 from kvattn import plan
 from kvattn.config import CacheConfig
 from sharding import cost
@@ -30,7 +30,7 @@ def compiler():
 
 
 def _expected(cfg, phase, weights, layout, batch, tokens):
-    full, _ = sharded_jobs.padded(cfg, CHIPS)
+    full, _ = program_lib.padded(cfg, CHIPS)
     work = plan.workload(full, CACHE, weights=weights)
     predicted = cost.predict(
         work,
@@ -42,7 +42,7 @@ def _expected(cfg, phase, weights, layout, batch, tokens):
         tokens=tokens,
         context=CONTEXT,
     )
-    return sharded_jobs.expectations(full, CACHE, predicted, batch, CONTEXT, "none")
+    return program_lib.expectations(full, CACHE, predicted, batch, CONTEXT, "none")
 
 
 def _job(cfg, **rest):
@@ -61,7 +61,7 @@ def test_a_decode_step_is_near_its_floor_and_the_doctor_names_nothing(compiler, 
     most 1.3 times those of its weight matmuls and cache reads compiled alone."""
     wanted = _expected(CFG, "decode", weights, LAYOUT, BATCH, 1)
     step = compiler.compile(
-        sharded_jobs.TARGET, _job(CFG, phase="decode", weights=weights), SLICE, MESH, expectations=wanted
+        program_lib.TARGET, _job(CFG, phase="decode", weights=weights), SLICE, MESH, expectations=wanted
     )
     floor = compiler.compile("tests.helpers.aot_targets:decode_floor", _job(CFG, weights=weights), SLICE, MESH)
     assert [str(f) for f in step.findings if f.severity == "warning"] == []
@@ -78,7 +78,7 @@ def test_rings_show_permutes_where_the_blocking_program_gathers(compiler):
     ops = {}
     for overlap in ("none", "one_way"):
         report = compiler.compile(
-            sharded_jobs.TARGET,
+            program_lib.TARGET,
             _job(size("palm-540b", n_layers=1), phase="decode", weights="bfloat16", overlap=overlap),
             SLICE,
             MESH,

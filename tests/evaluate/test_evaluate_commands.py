@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.common import files
 from kvattn import model
 from kvattn.config import CacheConfig
 from kvattn.data.tokenizer import ByteTokenizer
@@ -78,7 +79,9 @@ def test_evaluate_command(folder, params):
     ("name", "args", "message"),
     [
         ("logits", ("--tokens=nothing.npy",), "nothing.npy cannot be read"),
+        ("logits", ("--tokens=ids.npy", "--mode=both"), "--mode=both"),
         ("evaluate", ("--text=text.txt", "--context=32", "--stride=33"), "stride"),
+        ("evaluate", ("--text=text.txt", "--checkpoint="), "checkpoint.path is empty; name the checkpoint to"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(name, args, message, folder):
@@ -112,14 +115,14 @@ def _ids(tmp_path, content):
 )
 def test_bad_token_files(content, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        scoring.read_tokens(_ids(tmp_path, content))
+        files.read_tokens(_ids(tmp_path, content))
 
 
 def test_truncated_token_file(tmp_path):
     path = Path(_ids(tmp_path, np.arange(50)))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="not a whole"):
-        scoring.read_tokens(str(path))
+        files.read_tokens(str(path))
 
 
 def test_output_is_never_half_written(tmp_path, monkeypatch):
@@ -130,9 +133,9 @@ def test_output_is_never_half_written(tmp_path, monkeypatch):
         f.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(scoring.np, "save", full)
+    monkeypatch.setattr(files.np, "save", full)
     with pytest.raises(UserError, match="No space left"):
-        scoring.write_array(str(out), np.ones(4))
+        files.write_array(str(out), np.ones(4))
     assert np.load(out).tolist() == [0, 1, 2]
     assert [p.name for p in tmp_path.iterdir()] == ["out.npy"]
 
@@ -141,9 +144,9 @@ def test_output_is_never_half_written(tmp_path, monkeypatch):
 def test_output_that_cannot_be_written(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--out"):
-        scoring.write_array(out, np.ones(2))
+        files.write_array(out, np.ones(2))
 
 
 def test_unknown_mode(params):
-    with pytest.raises(UserError, match="--mode"):
+    with pytest.raises(UserError, match="^mode is .both.; set it to prefill or decode"):
         scoring.logits(params, CFG, np.ones((1, 3), np.int32), mode="both", cache_cfg=CacheConfig())

@@ -23,6 +23,7 @@ It says what it got.
 import errno, sys
 from absl import flags
 from experiments.common import cli
+from experiments.common.commands import Row
 from kvattn.errors import UserError
 
 OUT = flags.DEFINE_string("out", "here.npy", "where to write")
@@ -48,7 +49,7 @@ def main(cfg):
     return 3 if OUT.value == "three" else None
 
 if __name__ == "__main__":
-    cli.run(main, default=sys.argv[0].replace("command.py", "file.py"), shortcuts={"prompt": "decode.prompt"})
+    cli.run(main, Row(sys.argv[0].replace("command.py", "file.py"), {"prompt": "decode.prompt"}))
 '''
 
 FILE = """

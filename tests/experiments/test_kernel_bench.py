@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 
 from configs import sizes
+from experiments.bench import comparison, kernel_rows
 from experiments.bench import decode_shapes as decode_bench
 from experiments.bench import kernel_candidates as kernel_bench_candidates
 from experiments.bench import kernel_plot as kernel_bench_plot
 from experiments.bench import kernel_report as report
 from experiments.bench import kernels as kernel_bench
-from experiments.bench import peers
 from experiments.bench.kernel_candidates import Candidate
 from experiments.bench.kernel_shapes import MOST_BYTES, STORES, SWEEPS, Shape, cache_bytes, inputs, latent, sweep
 from experiments.bench.kernels import Torch
+from experiments.common.child import ChildError
 from kvattn import cache, model, spec
 from kvattn.errors import UserError
 from pallas_kernels import KernelError, codes, reference
@@ -83,7 +84,7 @@ def test_a_quick_sweep_and_what_it_leaves(tmp_path):
 
 
 def test_bad_flags_are_one_sentence_and_exit_code_2():
-    default = peers.RESULTS / "bench_kernels.json"
+    default = comparison.RESULTS / "bench_kernels.json"
     existed = default.exists()
     calls = {
         ("bench_kernels", "--sweep=quik"): "--sweep is 'quik'; choose one of bars, default, full, quick.",
@@ -111,20 +112,39 @@ def test_what_the_libraries_refuse():
         kernel_bench.run("quick", default="x.json", rounds=0, torch=NO_TORCH)
 
 
-def test_rows_of_other_versions_and_failed_rows_are_measured_again(tmp_path, capsys):
+def test_rows_of_other_versions_and_failed_rows_are_measured_again(tmp_path, capsys, monkeypatch):
     file = tmp_path / "out.json"
     about = NO_TORCH.about()
-    record = kernel_bench.start_record(None, about)
+    rows = kernel_rows.Rows(file, about)
     good, bad = {"kernels": {"xla": {"seconds": 1.0}}}, {"kernels": {"xla": {"error": "wrong"}}}
-    kernel_bench.write(file, record | {"rows": {"a": good, "b": bad}})
-    assert list(kernel_bench.start_record(file, about)["rows"]) == ["a"]
+    monkeypatch.setattr(report, "bars", lambda record: [])
+    rows.add("a", good)
+    rows.add("b", bad)
+    assert list(json.loads(file.read_text())["rows"]) == ["a", "b"]
+    assert list(kernel_rows.Rows(file, about).record["rows"]) == ["a"]
     assert "1 of 2 rows" in capsys.readouterr().out
-    for change in ({"versions": record["versions"] | {"pallas_kernels": "x"}}, {"device_kind": "TPU v5 lite"}):
-        kernel_bench.write(file, record | change | {"rows": {"a": good}})
-        assert kernel_bench.start_record(file, about)["rows"] == {}
+    with monkeypatch.context() as other:
+        other.setattr(kernel_rows, "versions", lambda: {"pallas_kernels": "x"})
+        changed = kernel_rows.Rows(file, about)
+        assert changed.record["rows"] == {}
+        changed.add("a", good | {"calls": 2})
+    assert kernel_rows.Rows(file, about).record["rows"] == {}  # the last measurement of each name counts
+    with monkeypatch.context() as other:
+        here = kernel_rows.machine.accelerator()
+        other.setattr(kernel_rows.machine, "accelerator", lambda: here | {"device_kind": "TPU v5 lite"})
+        assert kernel_rows.Rows(file, about).record["rows"] == {}
+
+
+def test_files_that_are_no_record_or_an_older_one_are_refused(tmp_path):
+    file, about = tmp_path / "out.json", NO_TORCH.about()
+    file.write_text(json.dumps({"benchmark": "bench_kernels", "rows": {"a": {}}}))
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="another version .*no out.jsonl beside it.*; use another --output"):
+        kernel_rows.Rows(file, about)
+    assert file.read_bytes() == before and not (tmp_path / "out.jsonl").exists()
     file.write_text("{")
     with pytest.raises(UserError, match="no record of bench_kernels"):
-        kernel_bench.start_record(file, about)
+        kernel_rows.Rows(file, about)
 
 
 # --- a row ------------------------------------------------------------------------------------------------------
@@ -381,30 +401,26 @@ class Dying:
     def ask(self, op, **request):
         if op == "about":
             return {"versions": {"torch": "2"}, "missing": {}}
-        raise RuntimeError("ended with code 1 during " + op)
+        raise ChildError("ended with code 1 during " + op)
 
 
 def test_torch_may_be_absent_or_die():
     assert NO_TORCH.about() == {"versions": {}, "missing": {"torch": "left out of this test"}}
-    torch = Torch(Dying)
+    torch = Torch(Dying())
     assert torch.about()["versions"] == {"torch": "2"}
     assert torch.prepare(SMALL, 4) == {"torch": {"error": "torch's worker ended: ended with code 1 during prepare"}}
-    assert torch.peer is None and torch.start is Dying  # asked anew for the next row
-
-    def nothing():
-        raise FileNotFoundError("no such interpreter")
-
-    torch = Torch(nothing)
-    assert "no such interpreter" in torch.about()["missing"]["torch"] and torch.start is None
-    assert "no such interpreter" in torch.prepare(SMALL, 4)["torch"]["refused"]
+    assert torch.child is not None  # asked anew for the next row
+    torch = Torch(comparison.worker("torch_attention_worker", "no/such/interpreter"))
+    assert "no/such/interpreter" in torch.about()["missing"]["torch"] and torch.child is None
+    assert "no/such/interpreter" in torch.prepare(SMALL, 4)["torch"]["refused"]
 
 
 def test_the_real_worker_says_what_it_lacks():
     """In this interpreter: torch is not installed, or sees no GPU."""
-    torch = Torch(lambda: peers.Peer("torch_attention_worker"))
+    torch = Torch(comparison.worker("torch_attention_worker"))
     missing = torch.about()["missing"]
     torch.close()
-    assert missing["torch"] in ("not installed", "installed, but it sees no GPU") and torch.start is None
+    assert missing["torch"] in ("not installed", "installed, but it sees no GPU") and torch.child is None
     assert missing["flash_mla"] == "not installed"
 
 

@@ -14,8 +14,10 @@ import pytest
 
 from configs.sizes import SIZES, size
 from experiments.common import cli
-from experiments.sharding_study import jobs as sharded_jobs
+from experiments.sharding_study import answers, cells
+from experiments.sharding_study import cut as cut_lib
 from experiments.sharding_study import plot as sharding_study_plot
+from experiments.sharding_study import program as program_lib
 from experiments.sharding_study import report as sharding_study_report
 from experiments.sharding_study import run as sharding_study
 from kvattn import config as c
@@ -155,8 +157,8 @@ def test_report_and_plots_hold_the_numbers(done):
 def test_the_same_command_redoes_nothing(done, monkeypatch, capsys):
     cfg, records = done
     monkeypatch.setattr(Compiler, "compile", None)
-    monkeypatch.setattr(sharding_study.Cuts, "run", None)
-    monkeypatch.setattr(sharding_study, "predict", None)
+    monkeypatch.setattr(answers.Cuts, "run", None)
+    monkeypatch.setattr(answers, "predict", None)
     assert sharding_study.run(cfg) == records == lines(cfg.workdir)
     shown = capsys.readouterr().out
     assert "ws_1d/replicated" in shown and "12.3" in shown and "is padded: W 1000 -> 1024" in shown
@@ -166,10 +168,10 @@ def test_expected_collectives_are_those_of_the_program(done):
     """What the doctor is given adds up to the cost model's bytes on the wire; batch and D of the residual stream are
     gathered apart, with the same bytes. Gathered weights are not held against it."""
     cfg, _ = done
-    (cell,) = sharding_study.cells_of(cfg)
+    (cell,) = cells.cells_of(cfg)
     for layout in LAYOUTS:
         p = cell.predict(layout, (2, 2, 2))
-        wanted = sharded_jobs.expectations(cell.padded[0], BF16, p, 16, 128, "none")
+        wanted = program_lib.expectations(cell.padded[0], BF16, p, 16, 128, "none")
         if "wg" in layout:
             assert wanted.collectives is None
             continue
@@ -177,7 +179,7 @@ def test_expected_collectives_are_those_of_the_program(done):
         close(wire, sum(p.interconnect_bytes.values()), CLOSED_FORM)
         split = 8 if "by_batch" in layout else 1
         assert wanted.caches == (((16 // split, 1, 128, 128), "bf16"),)
-        assert sharded_jobs.expectations(cell.padded[0], BF16, p, 16, 128, "one_way").collectives is None
+        assert program_lib.expectations(cell.padded[0], BF16, p, 16, 128, "one_way").collectives is None
 
 
 # --- killed, failed, refused ---------------------------------------------------------------------------
@@ -197,7 +199,7 @@ def fake(calls, fail=()):
 def test_a_killed_study_goes_on(tmp_path, monkeypatch):
     cfg = experiment(tmp_path / "w", batches=(8, 16, 32), compile="best")
     calls = []
-    monkeypatch.setattr(sharding_study, "compiled", fake(calls, fail=(2,)))
+    monkeypatch.setattr(answers, "compiled", fake(calls, fail=(2,)))
     with pytest.raises(SystemExit):
         sharding_study.run(cfg)
     assert len(of(lines(tmp_path / "w"), "planned")) == 3 and len(of(lines(tmp_path / "w"), "compiled")) == 1
@@ -225,6 +227,10 @@ def test_more_questions_extend_a_study_and_other_changes_are_named(tmp_path):
         with pytest.raises(UserError, match=message):
             sharding_study.run(changed)
     assert lines(tmp_path / "w") == more
+    old = [{k: v for k, v in more[0].items() if k != "format"}, *more[1:]]
+    (tmp_path / "w" / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old))
+    with pytest.raises(UserError, match="another version of kvattn .it has no format"):
+        sharding_study.run(experiment(tmp_path / "w"))
     (tmp_path / "w" / "results.jsonl").write_text('{"phase": 1}\n')
     with pytest.raises(UserError, match="not a sharding study's results"):
         sharding_study.run(experiment(tmp_path / "w"))
@@ -353,15 +359,15 @@ def test_command(tmp_path, flags, code, message):
     assert message in text and (not code or text.count("\n") == 1)
 
 
-# --- jobs ----------------------------------------------------------------------------------------------
+# --- programs and cuts ---------------------------------------------------------------------------------
 
 
 def test_padding_is_the_papers_and_says_so():
-    cfg, notes = sharded_jobs.padded(size("palm-540b"), 64)
+    cfg, notes = program_lib.padded(size("palm-540b"), 64)
     assert (cfg.vocab_size, cfg.n_heads) == (262144, 64) and notes == ("W 256128 -> 262144", "N 48 -> 64")
-    same, notes = sharded_jobs.padded(size("smollm2-1.7b"), 8)
+    same, notes = program_lib.padded(size("smollm2-1.7b"), 8)
     assert same == size("smollm2-1.7b") and notes == ()
-    cfg, notes = sharded_jobs.padded(GQA, 8)  # a new query head would need a K/V group
+    cfg, notes = program_lib.padded(GQA, 8)  # a new query head would need a K/V group
     assert cfg.n_heads == 6 and notes == ("W 1000 -> 1024",)
 
 
@@ -380,7 +386,7 @@ def test_cuts_are_small_legal_and_keep_the_variant(name):
         "overlap": "none",
         "mesh": [4, 4, 4],
     }
-    small, mesh = sharded_jobs.cut(json.loads(json.dumps(job)))
+    small, mesh = cut_lib.cut(json.loads(json.dumps(job)))
     got = c.from_config_dict(small["model"], c.ModelConfig)
     assert mesh == (2, 2, 2) and small["batch"] == 16 and got.n_heads % 8 == 0
     for one in ("n_k_heads", "n_v_heads"):
@@ -410,7 +416,7 @@ def test_cut_meshes_have_at_most_eight_devices_and_no_new_axis(mesh, want):
         "overlap": "none",
         "mesh": mesh,
     }
-    small, got = sharded_jobs.cut(job)
+    small, got = cut_lib.cut(job)
     assert all(a <= b for a, b in zip(got, mesh)) and got == want and small["batch"] == 3
 
 
@@ -427,15 +433,27 @@ def test_the_cut_that_runs_wrong_shows(monkeypatch):
         "overlap": "none",
         "mesh": [2, 2, 2],
     }
-    assert sharded_jobs.measure_cut(job)["worst"] < 3e-2  # bf16 activations
+    assert cut_lib.measure_cut(job)["worst"] < 3e-2  # bf16 activations
     real = sharded.build
 
     def wrong(*args, **kwargs):
         made = real(*args, **kwargs)
         return dataclasses.replace(made, fn=lambda p, ids, at, caches: made.fn(p, ids + 1, at, caches))
 
-    monkeypatch.setattr(sharded_jobs.sharded, "build", wrong)
-    assert sharded_jobs.measure_cut(job)["worst"] > 0.1
+    monkeypatch.setattr(program_lib.sharded, "build", wrong)
+    assert cut_lib.measure_cut(job)["worst"] > 0.1
+
+
+def test_a_cut_that_fails_is_an_answer(monkeypatch):
+    """In the child's own process, and where the child itself ends."""
+    with answers.Cuts() as cuts:
+        assert "KeyError" in cuts.run({"model": {}})["failure"] or "model" in cuts.run({"model": {}})["failure"]
+        cuts._process.kill()
+        cuts._process.wait()
+        assert "ended" not in cuts.run({"model": {}})["failure"]  # a new process answered
+        monkeypatch.setattr(cuts, "_line", [sys.executable, "-c", "import os; os._exit(7)"])
+        cuts.kill()
+        assert cuts.run({}) == {"failure": "the process with fake devices: cut ended with code 7 during measure"}
 
 
 @pytest.mark.parametrize("model, layout", [(MQA, LAYOUTS[2]), (GQA, "ws_2d/by_head:z+by_batch:xy")])
@@ -451,14 +469,14 @@ def test_the_cut_of_a_prefill_equals_the_unsharded_model(model, layout):
         "overlap": "none",
         "mesh": [2, 2, 2],
     }
-    got = sharded_jobs.measure_cut(job)
-    assert got["worst"] < 1e-5 and got["context"] == sharded_jobs.CUT_CONTEXT
+    got = cut_lib.measure_cut(job)
+    assert got["worst"] < 1e-5 and got["context"] == cut_lib.CUT_CONTEXT
 
 
 @pytest.mark.parametrize("phase", cost.PHASES)
 def test_on_the_slice_itself_the_true_program_is_measured(tmp_path, monkeypatch, phase):
     """With this process's 8 devices taken for the slice."""
-    monkeypatch.setattr(sharding_study, "_is_slice", lambda cell: True)
+    monkeypatch.setattr(answers, "is_slice", lambda cell: True)
     cfg = experiment(tmp_path / "w", measure=True, phases=(phase,), contexts=(16,), layouts=LAYOUTS[:1])
     (record,) = of(sharding_study.run(cfg), "measured")
     assert "failure" not in record and record["what"] == "8 x cpu" and record["milliseconds"] > 0
@@ -467,7 +485,7 @@ def test_on_the_slice_itself_the_true_program_is_measured(tmp_path, monkeypatch,
 
 def test_context_lines_end_where_memory_does():
     cfg = experiment("w", model=size("palm-8b"), batches=(64,), contexts=(2048,))
-    (cell,) = sharding_study.cells_of(cfg)
+    (cell,) = cells.cells_of(cfg)
     drawn = sharding_study_plot.context_lines(cell, "ws_2d", (2, 2, 2), "full")
     found = {name: (xs, ys) for name, xs, ys in drawn}
     work = plan.workload(cell.padded[0], BF16)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from experiments.study import lab as study_lab
 from experiments.study import plot as study_plot
 from experiments.study import report as study_report
 from experiments.study import run as study
@@ -18,6 +20,7 @@ from kvattn.errors import UserError
 from kvattn.evaluate import perplexity as evaluate
 from kvattn.train import loop as train
 from tests.helpers import tiny
+from tests.helpers.paths import ROOT
 from tests.helpers.tolerances import EXACT, close
 
 MODEL = tiny.config(vocab_size=258, n_layers=2)
@@ -49,7 +52,7 @@ def checkpoint(monkeypatch):
         reads.append(path)
         return formats.Loaded(MODEL, params, ByteTokenizer(), source="a tiny checkpoint")
 
-    monkeypatch.setattr(study.formats, "load", load)
+    monkeypatch.setattr(study_lab.formats, "load", load)
     return reads
 
 
@@ -78,7 +81,7 @@ def test_a_study_from_start_to_end_and_again(text, tmp_path, checkpoint, capsys)
     assert [r["phase"] for r in records[1:]] == ["reference"] + ["before"] * 3 + ["after"] * 3
     by = {(r["phase"], r.get("row")): r for r in records}
     # Every figure against the module that owns it.
-    params = study.formats.load("tiny").params
+    params = study_lab.formats.load("tiny").params
     ids = np.asarray(ByteTokenizer().encode(evaluate.evaluation_text(cfg)))[:120]
     own = evaluate.perplexity(params, MODEL, ids, context=40, stride=20, cache_cfg=c.CacheConfig())
     for key in (("reference", None), ("before", "base")):
@@ -134,7 +137,7 @@ def test_a_killed_study_goes_on(text, tmp_path, checkpoint, monkeypatch):
 
         return fit(config, on_step=step, **kw)
 
-    monkeypatch.setattr(study.train, "fit", dying)
+    monkeypatch.setattr(study_lab.train, "fit", dying)
     with pytest.raises(SystemExit):
         study.run(cfg)
     assert [r["phase"] for r in lines(tmp_path / "w")[1:]] == ["reference", "before", "before"]
@@ -166,6 +169,27 @@ def test_rows_can_be_added_and_other_changes_are_named(text, tmp_path, checkpoin
         study.run(quick)
 
 
+def test_the_report_names_the_command_that_made_it(monkeypatch):
+    cfg = experiment("x", "w")
+    monkeypatch.setattr(
+        sys, "argv", [str(ROOT / "experiments/study/__main__.py"), "--config=a b.py", "--config.steps=2"]
+    )
+    assert study_report.command(cfg) == "python -m experiments.study '--config=a b.py' --config.steps=2"
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/pytest", "x"])
+    assert study_report.command(cfg) == "experiments.study.run.run(cfg)  # workdir w"
+
+
+def test_results_of_an_older_version_are_refused_with_what_to_do(text, tmp_path):
+    """The shipped results were written before the journal had a format."""
+    (tmp_path / "results.jsonl").write_bytes((ROOT / "experiments/results/study_smollm2/results.jsonl").read_bytes())
+    before = (tmp_path / "results.jsonl").read_bytes()
+    with pytest.raises(
+        UserError, match="another version of kvattn .it has no format.*; use another config.workdir, or"
+    ):
+        study.run(experiment(text, tmp_path))
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
 def test_other_step_counts_extend_a_study(text, tmp_path, checkpoint, monkeypatch):
     """config.steps may change in one workdir: what was measured without training stays, training is per count."""
     base = experiment(text, tmp_path / "w", study=c.StudyConfig(rows=ROWS[:1], decode_tokens=5))
@@ -174,7 +198,7 @@ def test_other_step_counts_extend_a_study(text, tmp_path, checkpoint, monkeypatc
     second = study.run(two)
     assert second[:3] == first[:3] and [r["steps"] for r in (first[3], second[3])] == [1, 2]
     assert first[3]["nll"] != second[3]["nll"]
-    monkeypatch.setattr(study.train, "fit", None)
+    monkeypatch.setattr(study_lab.train, "fit", None)
     assert study.run(one) == first and len(lines(tmp_path / "w")) == 5
     assert not list((tmp_path / "w" / "rows").glob("*/checkpoints"))
 

@@ -115,12 +115,12 @@ def sleep(mesh, seconds: float):
 
 
 def decode_floor(mesh, *, model, cache, layout, batch, context, weights):
-    """`kvattn.decode.partitioned.build_floor` from dicts, padded as `experiments.sharding_study.jobs.program` pads."""
-    from experiments.sharding_study import jobs as sharded_jobs
+    """`kvattn.decode.partitioned.build_floor` from dicts, padded as `sharding_study.program.program` pads."""
+    from experiments.sharding_study import program as program_lib
     from kvattn import config
     from kvattn.decode import partitioned as sharded
 
-    cfg = sharded_jobs.padded(config.from_config_dict(model, config.ModelConfig), mesh.size)[0]
+    cfg = program_lib.padded(config.from_config_dict(model, config.ModelConfig), mesh.size)[0]
     store = config.from_config_dict(cache, config.CacheConfig)
     return sharded.build_floor(cfg, store, layout, mesh, batch=batch, context=context, weights=weights)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from experiments.sharding_study import jobs as sharded_jobs
+from experiments.sharding_study import program as program_lib
 from kvattn.config import CacheConfig
 from kvattn.decode import partitioned as sharded
 from sharding.layout import collective_matmul
@@ -230,7 +230,7 @@ def test_a_cache_split_by_batch_is_an_nth_of_one_on_every_chip():
 def test_zero_query_heads_and_zero_words_change_nothing():
     """Padding 6 query heads of one K/V head to 8, with output rows of zero; the padding's queries are anything."""
     cfg = tiny.config(n_k_heads=1, n_v_heads=1, n_layers=2, tied_embeddings=False)
-    wide, notes = sharded_jobs.padded(cfg, 8)
+    wide, notes = program_lib.padded(cfg, 8)
     assert (wide.n_heads, wide.vocab_size) == (8, 1024) and len(notes) == 2
     params, more = lively(cfg), lively(wide, seed=9)
 

@@ -1,7 +1,6 @@
-"""kvattn's side of the benchmarks; see experiments/bench/peers/__init__.py."""
+"""kvattn's side of the benchmarks; see experiments/bench/comparison.py."""
 
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
 import time
@@ -9,9 +8,10 @@ import time
 import jax
 import numpy as np
 
-from experiments.bench import peers
+from experiments.common import child, machine
 from kvattn import account, formats
-from kvattn.config import CacheConfig, DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig
+from kvattn.config import CacheConfig, DataConfig, DecodeConfig, MeshConfig, OptimizerConfig, TrainConfig
+from kvattn.data import batches as data
 from kvattn.decode import generation as decode
 from kvattn.formats import huggingface
 from kvattn.train import step as train_step
@@ -22,7 +22,7 @@ HELD = {}
 
 
 def versions():
-    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
+    return machine.versions("jax", "jaxlib", "optax")
 
 
 def load(checkpoint):
@@ -35,7 +35,7 @@ def load(checkpoint):
     return {
         "seconds": seconds,
         "weight_bytes": size,
-        "peak_memory_bytes": peers.peak_memory_bytes(),
+        "peak_memory_bytes": machine.peak_memory_bytes(),
         "versions": versions(),
     }
 
@@ -45,7 +45,9 @@ def export(checkpoint, directory, text, tokens):
     load(checkpoint)
     loaded = HELD["loaded"]
     huggingface.write(directory, loaded.model, loaded.params, loaded.tokenizer)
-    ids = loaded.tokenizer.encode(pathlib.Path(text).read_text(encoding="utf-8") if text else peers.held_out())
+    ids = loaded.tokenizer.encode(
+        pathlib.Path(text).read_text(encoding="utf-8") if text else data.eval_text(DataConfig())
+    )
     (pathlib.Path(directory) / "ids.json").write_text(json.dumps(ids[:tokens]))
     return {"tokens": min(len(ids), tokens), "versions": versions()}
 
@@ -93,8 +95,8 @@ def train_step_once():
     HELD["state"], metrics = HELD["step"](HELD["state"], None, HELD["batch"])
     loss = float(metrics["loss"])
     jax.block_until_ready(HELD["state"])
-    return {"seconds": time.perf_counter() - began, "loss": loss, "peak_memory_bytes": peers.peak_memory_bytes()}
+    return {"seconds": time.perf_counter() - began, "loss": loss, "peak_memory_bytes": machine.peak_memory_bytes()}
 
 
 if __name__ == "__main__":
-    peers.serve({f.__name__: f for f in (load, export, roofline, generate, train_setup, train_step_once)})
+    child.serve({f.__name__: f for f in (load, export, roofline, generate, train_setup, train_step_once)})

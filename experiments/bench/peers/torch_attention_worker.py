@@ -15,7 +15,7 @@ import importlib.util
 import math
 import types
 
-from experiments.bench import peers
+from experiments.common import child
 
 PACKAGES = {"torch": "torch", "triton": "triton", "flashinfer": "flashinfer-python", "flash_mla": "flash-mla"}
 PAGE = 64  # of a cache that the shape does not page, for candidates that know pages only
@@ -314,4 +314,4 @@ CANDIDATES = {
 }
 
 if __name__ == "__main__":
-    peers.serve({f.__name__: f for f in (about, prepare, turn)})
+    child.serve({f.__name__: f for f in (about, prepare, turn)})

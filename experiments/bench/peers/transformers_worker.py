@@ -1,4 +1,4 @@
-"""transformers' side of the benchmarks (torch, all cores); see experiments/bench/peers/__init__.py."""
+"""transformers' side of the benchmarks (torch, all cores); see experiments/bench/comparison.py."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import time
 import torch
 import transformers
 
-from experiments.bench import peers
+from experiments.common import child, machine
 
 torch.set_num_threads(len(os.sched_getaffinity(0)))
 HELD = {}
@@ -69,9 +69,9 @@ def train_step_once():
     return {
         "seconds": time.perf_counter() - began,
         "loss": float(loss.detach()),
-        "peak_memory_bytes": peers.peak_memory_bytes(),
+        "peak_memory_bytes": machine.peak_memory_bytes(),
     }
 
 
 if __name__ == "__main__":
-    peers.serve({f.__name__: f for f in (load, generate, train_setup, train_step_once)})
+    child.serve({f.__name__: f for f in (load, generate, train_setup, train_step_once)})

@@ -1,16 +1,11 @@
-"""Programs of a sharding study that run in other processes: plain dicts in, a program or a measurement out.
+"""A pass of the model of a sharding study as a program, and its time: plain dicts in, a program or seconds out.
 
     program(mesh, model={...}, cache={...}, layout="ws_2d/by_batch:xyz", phase="decode", batch=64, context=2048)
 
-is a target of `sharding.compiler.aot.Compiler`. `python -m experiments.sharding_study.jobs` reads one such job a line,
-builds the small cut of the model that `cut` says, runs it for real on 8 fake CPU devices, and answers one line:
-milliseconds, and how far its logits are from those of the unsharded model.
+is a target of `sharding.compiler.aot.Compiler`.
 """
 
 import dataclasses
-import json
-import math
-import sys
 import time
 from typing import Any
 
@@ -20,7 +15,6 @@ import numpy as np
 
 from kvattn import cache as caches_lib
 from kvattn import config as config_lib
-from kvattn import int8_weights as weights_lib
 from kvattn import model as model_lib
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.decode import partitioned as sharded
@@ -29,9 +23,7 @@ from sharding.compiler.doctor import Expectations
 from sharding.layout import layouts
 
 LANES = 128  # a TPU tile's width: logits compile in minutes where a chip's vocabulary is no multiple of it
-FAKE_DEVICES = 8
-CUT_CONTEXT = 64
-TARGET = "experiments.sharding_study.jobs:program"
+TARGET = "experiments.sharding_study.program:program"
 _HLO = {"float32": "f32", "bfloat16": "bf16", "int8": "s8"}
 
 
@@ -84,11 +76,11 @@ def program(
         tokens=tokens,
         weights=weights,
         overlap=overlap,
-        scan=_scanned(cfg, phase),
+        scan=scanned(cfg, phase),
     )
 
 
-def _scanned(cfg: ModelConfig, phase: str) -> bool:
+def scanned(cfg: ModelConfig, phase: str) -> bool:
     """Whether the layers of a prefill repeat, so that it can be compiled as a scan over them (in seconds, not
     minutes)."""
     if phase != "prefill":
@@ -147,97 +139,10 @@ def _steps(c: Any, rows: tuple[str, ...], mesh: dict[str, int]) -> list[tuple[tu
     return [(first, 1.0), (rest, 1 / layouts.parts(first, mesh))]
 
 
-# --- a small cut, really run -----------------------------------------------------------------------------
+# --- its time ------------------------------------------------------------------------------------------
 
 
-def cut(job: dict) -> tuple[dict, tuple[int, int, int]]:
-    """(job of a small model, mesh of at most 8) that keeps what a layout depends on: the ratio of query to K/V heads,
-    cross-layer sharing, masks, block and mesh axes. `job`: the arguments of `program` and `mesh`."""
-    cfg = config_lib.from_config_dict(job["model"], ModelConfig)
-    k, v = (n if n <= FAKE_DEVICES else math.gcd(n, FAKE_DEVICES) for n in (cfg.n_k_heads, cfg.n_v_heads))
-    heads = math.lcm(FAKE_DEVICES, k, v)
-    k, v = (heads if n == cfg.n_heads > 1 else m for n, m in ((cfg.n_k_heads, k), (cfg.n_v_heads, v)))
-    heads *= 2 if heads == max(k, v) and cfg.n_heads > max(cfg.n_k_heads, cfg.n_v_heads) else 1
-    shared = next((i + 1 for i, owner in enumerate(cfg.sources) if owner != i), 2)
-    n_layers = min(cfg.n_layers, max(2, min(shared, 6)))
-    small = dataclasses.replace(
-        cfg,
-        vocab_size=LANES * FAKE_DEVICES,
-        d_model=128,
-        d_ff=256,
-        n_layers=n_layers,
-        n_heads=heads,
-        n_k_heads=k,
-        n_v_heads=v,
-        head_dim=16,
-        v_head_dim=16,
-        attn_scale=0.0,
-        kv_source=cfg.kv_source[:n_layers],
-        ropes=tuple(r and dataclasses.replace(r, dim=min(r.dim, 8)) for r in cfg.ropes),
-        masks=tuple(dataclasses.replace(m, window=min(m.window, 24), sinks=min(m.sinks, 8)) for m in cfg.masks),
-        scan_layers=False,
-    )
-    mesh = list(job["mesh"])
-    while math.prod(mesh) > FAKE_DEVICES:
-        widest = max(range(3), key=lambda i: mesh[i])
-        mesh[widest] = mesh[widest] // 2 if mesh[widest] % 2 == 0 else 1
-    batch = job["batch"] if job["batch"] <= 16 else math.gcd(job["batch"], 16)
-    weights = "float32" if job["weights"] == "bfloat16" else job["weights"]
-    smaller = {
-        "model": dataclasses.asdict(small),
-        "cache": {**job["cache"], "dtype": "float32", "capacity": 0},
-        "layout": job["layout"],
-        "phase": job["phase"],
-        "batch": batch,
-        "context": CUT_CONTEXT,
-        "tokens": 0,
-        "weights": weights,
-        "overlap": job["overlap"],
-    }
-    return json.loads(json.dumps(smaller)), tuple(mesh)
-
-
-def measure_cut(job: dict) -> dict:
-    """Builds and runs the cut of `job`: {milliseconds, worst: largest difference of a logit from the unsharded
-    model's, relative to the largest logit, mesh, batch, context, layers}. In float32; with int8 weights activations are
-    bfloat16, whose rounding is then most of `worst`."""
-    small, shape = cut(job)
-    cfg = config_lib.from_config_dict(small["model"], ModelConfig)
-    store = config_lib.from_config_dict(small["cache"], CacheConfig)
-    types = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh(shape, layouts.AXES, axis_types=types, devices=jax.devices()[: math.prod(shape)])
-    made = program(mesh, **small)
-    params = model_lib.init(jax.random.key(0), cfg)
-    params = weights_lib.quantize(params, cfg) if small["weights"] == "int8" else params
-    params = jax.tree.map(lambda x, a: x.astype(a.dtype), params, weights_lib.abstract(cfg, small["weights"]))
-    batch, context = small["batch"], small["context"]
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, context)), jnp.int32)
-    at = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32), ids.shape)
-    caches = caches_lib.create(cfg, store, batch, context)
-    here = jax.default_backend()
-    plain = jax.jit(lambda *a: sharded._pass(cfg, True, here, *a))
-    if small["phase"] == "decode":
-        first = [x[:, : context - 1] for x in (ids, at)]
-        _, caches = plain(params, *first, caches)
-        plain, ids, at = jax.jit(lambda *a: sharded._pass(cfg, False, here, *a)), ids[:, -1:], at[:, -1:]
-    want = np.asarray(plain(params, ids, at, caches)[0])
-    if _scanned(cfg, small["phase"]):
-        params, caches = model_lib.stack_layers(params, cfg), model_lib.stack_caches(caches, cfg)
-    args = _like((params, ids, at, caches), made.args)
-    seconds, got = _timed(made, args)
-    worst = float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())
-    return {
-        "milliseconds": 1e3 * seconds,
-        "worst": worst,
-        "mesh": list(shape),
-        "batch": batch,
-        "context": context,
-        "layers": cfg.n_layers,
-        "d_model": cfg.d_model,
-    }
-
-
-def _like(values: Any, abstract: Any) -> Any:
+def like(values: Any, abstract: Any) -> Any:
     """`values` placed and typed as `abstract`."""
     return jax.tree.map(lambda x, a: jax.device_put(jnp.asarray(x, a.dtype), a.sharding), values, abstract)
 
@@ -266,8 +171,8 @@ def measure(made: sharded.Program, repeats: int = 10) -> float:
 
     ids = made.args[1]
     at = jnp.broadcast_to(start + jnp.arange(length, dtype=jnp.int32), ids.shape)
-    args = (tree(made.args[0], 0), *_like((jnp.zeros(ids.shape, jnp.int32), at), made.args[1:3]), tree(made.args[3], 1))
-    return _timed(made, args, repeats)[0]
+    args = (tree(made.args[0], 0), *like((jnp.zeros(ids.shape, jnp.int32), at), made.args[1:3]), tree(made.args[3], 1))
+    return timed(made, args, repeats)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +183,7 @@ class _Spec:
     dtype: Any
 
 
-def _timed(made: sharded.Program, args: tuple, repeats: int = 5) -> tuple[float, jax.Array]:
+def timed(made: sharded.Program, args: tuple, repeats: int = 5) -> tuple[float, jax.Array]:
     """(median seconds, logits of the first pass); the caches are handed from one pass to the next."""
     step, (params, ids, at, caches) = made.lower().compile(), args
     logits, caches = step(params, ids, at, caches)
@@ -290,17 +195,3 @@ def _timed(made: sharded.Program, args: tuple, repeats: int = 5) -> tuple[float,
         jax.block_until_ready((logits, caches))
         spent.append(time.perf_counter() - began)
     return float(np.median(spent)), first
-
-
-def main() -> None:
-    """One job a line on stdin, one answer a line on stdout: {"measured": ...} or {"failure": one sentence}."""
-    for line in sys.stdin:
-        try:
-            answer = {"measured": measure_cut(json.loads(line))}
-        except Exception as error:  # a row that does not run is an answer; the study goes on
-            answer = {"failure": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()
