@@ -4,15 +4,14 @@ SIZES["llama3-8b"]        a ModelConfig
 size("palm-540b", n_layers=8)   with some fields changed (the 8-layer latency runs of Pope et al.)
 """
 
-import dataclasses
-
+from kvattn.attention.heads import heads_model
 from kvattn.config import ModelConfig, RopeConfig
 from kvattn.errors import UserError
 
 
 def _model(W, D, L, N, K, H, F, length, theta=10000.0, **fields) -> ModelConfig:
     """Letters as in the design; K value heads too, V = H."""
-    return ModelConfig(
+    return heads_model(
         vocab_size=W,
         d_model=D,
         n_layers=L,
@@ -73,10 +72,10 @@ SIZES: dict[str, ModelConfig] = {
 
 
 def size(name: str, **changes) -> ModelConfig:
-    """A row of SIZES with `changes`. Raises UserError for an unknown name."""
+    """A row of SIZES with `changes` (ModelConfig.replace). Raises UserError for an unknown name."""
     if name not in SIZES:
         raise UserError(f"size is {name!r}; choose one of {', '.join(SIZES)}.")
-    return dataclasses.replace(SIZES[name], **changes)
+    return SIZES[name].replace(**changes)
 
 
 def named(name: str) -> tuple[str, ModelConfig]:

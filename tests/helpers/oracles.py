@@ -131,17 +131,17 @@ def _mlp(p, cfg, x):
 
 def _project(p, cfg, layer, h, h_kv, kv, positions):
     """(q, (k, v)) of one layer; (k, v) come from the owner when the layer owns none."""
-    rope = cfg.rope(layer)
+    rope, heads = cfg.rope(layer), cfg.attention(layer)
     turn = lambda x: np.stack([[rotate(vec, rope, p_) for vec in row] for row, p_ in zip(x, positions, strict=True)])  # noqa: E731
     q = np.einsum("td,dnh->tnh", h, p["q"]) + p.get("q_bias", 0)
-    if cfg.qk_norm != "none":
+    if heads.qk_norm != "none":
         q = _heads_norm(p["q_norm"]["scale"], cfg, q)
     if cfg.sources[layer] != layer:
         return turn(q), kv
     k = np.einsum("td,dkh->tkh", h_kv, p["k"]) + p.get("k_bias", 0)
-    if cfg.qk_norm != "none":
+    if heads.qk_norm != "none":
         k = _heads_norm(p["k_norm"]["scale"], cfg, k)
-    v = k if cfg.tied_kv else np.einsum("td,dmv->tmv", h_kv, p["v"]) + p.get("v_bias", 0)
+    v = k if heads.tied_kv else np.einsum("td,dmv->tmv", h_kv, p["v"]) + p.get("v_bias", 0)
     return turn(q), (turn(k), v)
 
 
@@ -154,11 +154,12 @@ def logits(params, cfg: ModelConfig, tokens, segments=None, positions=None):
     x = p["embed"]["table"][tokens] * cfg.embed_scale
     shared = {}
     for layer, block in enumerate(p["layers"]):
-        owner = cfg.sources[layer]
+        owner, heads = cfg.sources[layer], cfg.attention(layer)
         h = norm(block["attn_norm"], cfg, x) if "attn_norm" in block else x
         h_kv = norm(block["kv_norm"], cfg, x) if "kv_norm" in block else h
         q, shared[owner] = _project(block["attn"], cfg, layer, h, h_kv, shared.get(owner), positions)
-        context = attention(q, *shared[owner], cfg.mask(layer), cfg.scale, cfg.attn_soft_cap, segments)
+        scale = heads.attn_scale or 1 / math.sqrt(heads.head_dim)
+        context = attention(q, *shared[owner], cfg.mask(layer), scale, heads.attn_soft_cap, segments)
         attended = np.einsum("tnv,nvd->td", context, block["attn"]["o"]) + block["attn"].get("o_bias", 0)
         if "attn_post_norm" in block:
             attended = norm(block["attn_post_norm"], cfg, attended)

@@ -4,12 +4,11 @@
 axis, and the combinations in which two axes meet in the same lines of code.
 """
 
-import dataclasses
-
+from kvattn.attention.heads import heads_model
 from kvattn.config import MaskConfig, ModelConfig, RopeConfig
 
 # D, N, K, M, H, V, F, L, W; N is a multiple of K and M (GQA 6 -> 3 keys, 2 values in the uneven case).
-BASE = ModelConfig(
+BASE = heads_model(
     vocab_size=61,
     d_model=28,
     n_layers=4,
@@ -28,8 +27,9 @@ SINKS = MaskConfig(window=5, sinks=2)
 
 
 def config(**changes) -> ModelConfig:
-    """The base model (GQA 6/3, 4 layers) with `changes`. Raises TypeError for an unknown field."""
-    return dataclasses.replace(BASE, **changes)
+    """The base model (GQA 6/3, 4 layers) with `changes` (ModelConfig.replace): fields of the model, fields of Heads in
+    all layers, patterns `masks` and `ropes`. Raises TypeError for an unknown field."""
+    return BASE.replace(**changes)
 
 
 CASES: dict[str, ModelConfig] = {
