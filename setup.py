@@ -18,6 +18,7 @@ REQUIRES = [
     "tensorboardX>=2.6.4,<3",
     "rich>=14",
     "matplotlib>=3.10",
+    "jaxtyping>=0.3.3",
 ]
 
 EXTRAS = {
@@ -25,7 +26,8 @@ EXTRAS = {
         "pytest>=9.0",
         "pytest-xdist>=3.8",
         "hypothesis>=6.140",
-        "jaxtyping>=0.3.3",
+        "beartype>=0.21",
+        "import-linter>=2.5",
         "scipy>=1.14",
         "gguf>=0.19,<0.20",
         "safetensors>=0.6,<0.9",

@@ -5,7 +5,7 @@
     131072
 
 Everything derives from two tables: `model.param_specs` (a parameter with a fan_in is a matmul weight) and
-`model.kv_specs` (what one token leaves in an owner's cache) with the store's slots. The same numbers are
+`model.leaves` (what a token and a sequence leave in an owner's cache) with the store's slots. The same numbers are
 what `cache.create` allocates and what XLA compiles: tests compare all three. FLOPs count matmuls, multiply
 and add apart (2 per weight and token); norms, softmax and rotary are left out, as in every published MFU.
 """
@@ -19,9 +19,9 @@ from rich.table import Table
 
 from kvattn import cache as caches
 from kvattn import model, spec
+from kvattn.cache import encode
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
 from kvattn.errors import UserError
-from pallas_kernels import codes
 from sharding.cost.hardware import CHIPS, Chip
 
 PHASES = ("prefill", "decode", "train")
@@ -40,23 +40,21 @@ def param_count(cfg: ModelConfig) -> int:
 
 def kv_bytes_per_token_per_layer(cfg: ModelConfig, cache: CacheConfig) -> tuple[int | float, ...]:
     """Bytes that one token of one sequence writes in each layer: sum over leaves of heads x (dim x bits / 8, and 4 of a
-    scale where it has one of its own); 0 for layers that read another's cache. Keys' channel scales belong to a
-    sequence, not to a token: `cache_bytes` counts them."""
+    scale where it has one of its own); 0 for layers that read another's cache, or a memory. What belongs to a sequence
+    (states, keys' channel scales) is in `sequence_bytes_per_layer`."""
     out: list[int | float] = []
-    for leaves in model.kv_specs(cfg):
-        bits = sum(_token_bits(cache, name, *shape) for name, shape in (leaves or {}).items())
+    for layer, leaves in enumerate(model.leaves(cfg)):
+        own = caches.token_leaves(leaves or {}).values() if cfg.layer(layer).reads == "self" else ()
+        bits = sum(encode.token_bits(cache, leaf) for leaf in own)
         out.append(bits / 8 if bits % 8 else bits // 8)
     return tuple(out)
 
 
-def _token_bits(cache: CacheConfig, name: str, heads: int, dim: int) -> int:
-    scaled = cache.dtype in codes.LIMITS and not (cache.key_scale == "channel" and name == "k")
-    return heads * (dim * codes.bits(cache.dtype) + (32 if scaled else 0))
-
-
-def _sequence_bytes(cfg: ModelConfig, cache: CacheConfig) -> int:
-    """Bytes of what an owner keeps once per sequence: the keys' channel scales."""
-    return 4 * cfg.n_k_heads * cfg.head_dim if cache.key_scale == "channel" else 0
+def sequence_bytes_per_layer(cfg: ModelConfig, cache: CacheConfig) -> tuple[int, ...]:
+    """Bytes that each layer keeps once per sequence, whatever its length: states, keys' channel scales."""
+    return tuple(
+        sum(encode.sequence_bits(cache, leaf) for leaf in (leaves or {}).values()) // 8 for leaves in model.leaves(cfg)
+    )
 
 
 def kv_bytes_per_token(cfg: ModelConfig, cache: CacheConfig, context: int = 0) -> int | float:
@@ -80,15 +78,31 @@ def cache_bytes(cfg: ModelConfig, cache: CacheConfig, batch: int, capacity: int)
     Raises UserError: batch or capacity below 1, a store that does not fit the masks.
     """
     _positive(batch=batch, capacity=capacity)
-    caches.specs(cfg, cache, 1, 1)  # raises where the store does not fit the model
-    per_layer = kv_bytes_per_token_per_layer(cfg, cache)
-    total = 0
-    for owner in cfg.owners:
-        slots = batch * caches.layout(cfg, cache, owner, capacity)[0]
-        if caches.is_paged(cache, owner):
-            slots = (1 + caches.pool_pages(cache, batch, capacity)) * cache.page_size
-        total += math.ceil(per_layer[owner] * slots) + batch * _sequence_bytes(cfg, cache)
-    return total
+    caches.check_store(cfg, cache)  # raises where the store does not fit the model
+    once = sequence_bytes_per_layer(cfg, cache)
+    return sum(
+        math.ceil(bits * slots / 8) for owner in cfg.owners for bits, slots in _held(cfg, cache, owner, batch, capacity)
+    ) + batch * sum(once)
+
+
+def _held(cfg: ModelConfig, cache: CacheConfig, owner: int, batch: int, capacity: int) -> list[tuple[int, int]]:
+    """(bits of a token, slots) of each leaf of an owner's cache, by head group where it has some."""
+    leaves, value = caches.token_leaves(cfg.attention(owner).leaves(cfg)).values(), cfg.layer(owner)
+    bits = [encode.token_bits(cache, leaf) for leaf in leaves]
+    if value.reads == "memory":
+        return [(b, batch * cache.memory) for b in bits]
+    if value.groups:
+        heads = sum(group.heads for group in value.groups)
+        slots = [
+            group.heads * batch * caches.slots_for(cache, owner, [group.mask], capacity)[0] for group in value.groups
+        ]
+        return [(b // heads, s) for b in bits for s in slots]
+    slots = batch * caches.layout(cfg, cache, owner, capacity)[0]
+    if caches.is_paged(cache, owner):
+        slots = (1 + caches.pool_pages(cache, batch, capacity)) * cache.page_size
+    if cache.kept_pages and caches.kind_of(cache, owner) == "kept":
+        return [(b // leaf.shape[0], cache.page_size + slots * leaf.shape[0]) for b, leaf in zip(bits, leaves)]
+    return [(b, slots) for b in bits]
 
 
 def max_context(cfg: ModelConfig, cache: CacheConfig, memory_bytes: int, batch: int = 1) -> int | None:
@@ -152,10 +166,13 @@ def flops(cfg: ModelConfig, context: int, phase: str, *, visible: bool = False) 
     specs = model.param_specs(cfg)
     times = 3 if phase == "train" else 1
     logits = 1 / context if phase == "prefill" else 1
-    seen = sum(_keys_seen(cfg.mask(layer), context, phase, visible) for layer in range(cfg.n_layers))
+    attention = sum(
+        cfg.attention(layer).flops(cfg, _keys_seen(cfg.mask(layer), context, phase, visible))
+        for layer in range(cfg.n_layers)
+    )
     return Flops(
-        projections=times * _matmul_flops([layer["attn"] for layer in specs["layers"]]),
-        attention=times * 2 * cfg.n_heads * (cfg.head_dim + cfg.v_head_dim) * seen,
+        projections=times * _matmul_flops([layer.get("attn", {}) for layer in specs["layers"]]),
+        attention=times * attention,
         mlp=times * _matmul_flops([layer["mlp"] for layer in specs["layers"]]),
         unembed=times * 2 * cfg.vocab_size * cfg.d_model * logits,
     )
@@ -241,7 +258,7 @@ def ledger_table(cfg: ModelConfig, cache: CacheConfig, context: int = 0) -> Tabl
     context = context or cfg.max_length
     cfg = dataclasses.replace(cfg, scan_layers=False)  # a scanned model decodes unscanned: the same ledger
     table = Table(title=f"KV ledger, {cache.dtype}, {context} tokens", title_justify="left")
-    for name in ("layers", "K, V from", "heads N/K/M", "dims H/V", "sees", "store"):
+    for name in ("layers", "K, V from", "attention", "sees", "store"):
         table.add_column(name)
     for name in ("parameters", "bytes/token", f"bytes at {context}"):
         table.add_column(name, justify="right")
@@ -256,7 +273,7 @@ def ledger_table(cfg: ModelConfig, cache: CacheConfig, context: int = 0) -> Tabl
     held = cache_bytes(cfg, cache, 1, context)
     table.add_section()
     owners = f"{len(cfg.owners)} owners of {cfg.n_layers}"
-    table.add_row("all", owners, "", "", "", "", f"{param_count(cfg):,}", f"{per_token:,}", f"{held:,}")
+    table.add_row("all", owners, "", "", "", f"{param_count(cfg):,}", f"{per_token:,}", f"{held:,}")
     work = ", ".join(f"{phase} {flops_per_token(cfg, context, phase):.3g}" for phase in PHASES)
     table.caption = f"FLOPs per token: {work}; `parameters` of the last row includes the embedding."
     return table
@@ -265,17 +282,20 @@ def ledger_table(cfg: ModelConfig, cache: CacheConfig, context: int = 0) -> Tabl
 def _ledger_row(cfg: ModelConfig, cache: CacheConfig, layer: int, context: int) -> tuple[str, ...]:
     owner, mask = cfg.sources[layer], cfg.mask(layer)
     per_token = kv_bytes_per_token_per_layer(cfg, cache)[layer]
-    slots, ring, _ = caches.layout(cfg, cache, owner, context)
-    own = owner == layer
-    store = "paged" if caches.is_paged(cache, owner) else "ring" if ring else "full"
-    held = math.ceil(per_token * slots) + _sequence_bytes(cfg, cache)
+    own = layer in cfg.owners
+    store, held = "-", 0
+    if own:
+        ring = caches.layout(cfg, cache, owner, context)[1]
+        kind = caches.kind_of(cache, owner)
+        store = "groups" if cfg.layer(owner).groups else "ring" if ring else "full" if kind == "by_mask" else kind
+        held = sum(math.ceil(bits * slots / 8) for bits, slots in _held(cfg, cache, owner, 1, context))
+        held += sequence_bytes_per_layer(cfg, cache)[layer]
     return (
-        "own" if own else f"layer {owner}",
-        f"{cfg.n_heads}/{cfg.n_k_heads}/{cfg.n_v_heads}" + (" tied" if cfg.tied_kv else ""),
-        f"{cfg.head_dim}/{cfg.v_head_dim}",
+        "own" if owner == layer else f"layer {owner}",
+        cfg.attention(layer).describe(),
         f"last {mask.window} + first {mask.sinks}" if mask.window else "all",
-        store if own else "-",
+        store,
         f"{spec.count(model.layer_specs(cfg, layer)):,}",
         f"{per_token:,}",
-        f"{held:,}" if own else "0",
+        f"{held:,}",
     )

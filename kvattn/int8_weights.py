@@ -130,18 +130,21 @@ def fold_norms(params: Any, cfg: ModelConfig) -> Any:
     def one(norm):
         return {"scale": jnp.full_like(norm["scale"], 1 - cfg.norm_offset)}
 
-    def block(b):
-        attn, mlp = dict(b["attn"]), dict(b["mlp"])
-        mlp_norm = b.get("mlp_norm", b["attn_norm"])
-        for name in ("q", "k", "v"):
-            if name in attn:
-                attn[name] = rows(attn[name], b["attn_norm"] if name == "q" else b.get("kv_norm", b["attn_norm"]))
+    def block(b, layer):
+        family = cfg.attention(layer)
+        specs, readers = (family.param_specs(cfg, owner) for owner in (cfg.sources[layer] == layer, False))
+        attn, mlp = dict(b.get("attn", {})), dict(b["mlp"])
+        mlp_norm = b.get("mlp_norm", b.get("attn_norm"))
+        for name, s in specs.items():  # what reads the stream, an owner's K and V by a norm of their own
+            if spec.is_spec(s) and s.fan_in and s.axes[0] == "embed":
+                attn[name] = rows(attn[name], b["attn_norm"] if name in readers else b.get("kv_norm", b["attn_norm"]))
         for name in ("up", "gate"):
             if name in mlp:
                 mlp[name] = rows(mlp[name], mlp_norm)
-        return {**b, "attn": attn, "mlp": mlp, **{n: one(b[n]) for n in ("attn_norm", "mlp_norm", "kv_norm") if n in b}}
+        norms = {n: one(b[n]) for n in ("attn_norm", "mlp_norm", "kv_norm") if n in b}
+        return {**b, **({"attn": attn} if attn else {}), "mlp": mlp, **norms}
 
-    out = {**params, "layers": tuple(block(b) for b in params["layers"])}
+    out = {**params, "layers": tuple(block(b, l) for l, b in enumerate(params["layers"]))}
     if not cfg.tied_embeddings:
         out["unembed"] = {"table": rows(params["unembed"]["table"], params["final_norm"])}
         out["final_norm"] = one(params["final_norm"])

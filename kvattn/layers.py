@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
 
 from kvattn.config import ModelConfig, RopeConfig
 from kvattn.rematerialise import recompute
 from kvattn.spec import ParamSpec
+from kvattn.typed import shaped
 from sharding import matmul, mean, once, reshard, take_rows
 
 # Layouts of activations [B,T,D] and [B,T,F], by the logical axes of sharding/layout/ (rules.py, layouts.py).
@@ -44,7 +46,8 @@ def norm_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     return specs
 
 
-def norm(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
+@shaped
+def norm(params: dict[str, Any], cfg: ModelConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """RMSNorm or LayerNorm of x[B,T,D] over D, in float32, returned in x's dtype."""
     scale, bias = (reshard(params[n], ("norm",), ("res_embed",)) if n in params else None for n in ("scale", "bias"))
     if cfg.norm == "rmsnorm":
@@ -118,7 +121,8 @@ def mlp_specs(cfg: ModelConfig) -> dict[str, ParamSpec]:
     return specs
 
 
-def mlp(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
+@shaped
+def mlp(params: dict[str, Any], cfg: ModelConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """act(x gate) * (x up) down, or act(x up) down when not gated; x[B,T,D] -> [B,T,D], its sum over the chips that
     split F still open.
 
@@ -203,13 +207,15 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array] | None, head_axis: i
 # --- ends ----------------------------------------------------------------------------------------------
 
 
-def embed(params: dict[str, Any], cfg: ModelConfig, tokens: jax.Array) -> jax.Array:
+@shaped
+def embed(params: dict[str, Any], cfg: ModelConfig, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
     """tokens[B,T] int32 -> [B,T,D] in the table's dtype, times cfg.embed_scale."""
     x = take_rows(params["embed"]["table"], tokens, RESIDUAL)
     return x * jnp.asarray(cfg.embed_scale, x.dtype) if cfg.embed_scale != 1.0 else x
 
 
-def unembed(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
+@shaped
+def unembed(params: dict[str, Any], cfg: ModelConfig, x: Float[Array, "B T D"]) -> Float32[Array, "B T W"]:
     """x[B,T,D] -> logits[B,T,W] float32, soft-capped by cfg.logit_soft_cap."""
     x = reshard(x, RESIDUAL, LOGITS_IN)
     tied = cfg.tied_embeddings

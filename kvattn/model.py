@@ -11,6 +11,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
 
 from kvattn import cache as caches_lib
 from kvattn import layers, masks, spec
@@ -19,6 +20,7 @@ from kvattn.attention.segments import Made, View, Where
 from kvattn.config import CacheConfig, ModelConfig, period
 from kvattn.errors import UserError
 from kvattn.spec import ParamSpec
+from kvattn.typed import shaped
 from sharding import reduce, reshard, settle
 
 COLLECTED = ("attention", "inputs", "queries")
@@ -188,7 +190,8 @@ def _check(cfg: ModelConfig, inputs: Inputs, caches: Any, collect: tuple[str, ..
         )
 
 
-def unembed(params: dict[str, Any], cfg: ModelConfig, x: jax.Array) -> jax.Array:
+@shaped
+def unembed(params: dict[str, Any], cfg: ModelConfig, x: Float[Array, "B T D"]) -> Float32[Array, "B T W"]:
     """Hidden states [B,T,D] -> logits [B,T,W] float32."""
     return layers.unembed(params, cfg, x)
 
@@ -202,8 +205,13 @@ class Pass:
     memory_where: Where | None = None
 
 
+@shaped
 def where_of(
-    cfg: ModelConfig, positions: jax.Array, segment_ids: jax.Array | None, empty: bool, commit: bool = True
+    cfg: ModelConfig,
+    positions: Int32[Array, "B T"],
+    segment_ids: Int32[Array, "B T"] | None,
+    empty: bool,
+    commit: bool = True,
 ) -> Where:
     """What the layers need to know of positions[B,T] (-1 = padding)."""
 
@@ -351,8 +359,14 @@ def _memory(params, cfg, layer, this, cache):
     return segments.view(family, cfg, value, made, this.memory_where, cache)
 
 
+@shaped
 def commit(
-    params: Any, cfg: ModelConfig, caches: Any, pending: Any, positions: jax.Array, accepted: jax.Array
+    params: Any,
+    cfg: ModelConfig,
+    caches: Any,
+    pending: Any,
+    positions: Int32[Array, "B T"],
+    accepted: Int32[Array, " B"],
 ) -> tuple[Any, ...]:
     """Caches with the first accepted[B] of a pass's T tokens at positions[B,T] written: what a pass with commit False
     left in Outputs.pending. Rings and states, which cannot be truncated, go on from there too."""

@@ -24,7 +24,7 @@ from flax import nnx
 
 from kvattn import cache as caching
 from kvattn import model, spec
-from kvattn.attention.view import View
+from kvattn.attention.segments import View
 from kvattn.config import CacheConfig, ModelConfig, validate
 from kvattn.decode import generation as decode
 from kvattn.errors import UserError
@@ -82,7 +82,7 @@ class Attention(_Tree):
         validate(cfg)
         if not 0 <= layer < cfg.n_layers:
             raise UserError(f"layer is {layer}; the config has layers 0..{cfg.n_layers - 1}.")
-        specs = model.layer_specs(cfg, layer)["attn"]
+        specs = model.layer_specs(cfg, layer).get("attn", {})
         self.cfg, self.layer = cfg, layer
         self._adopt(specs, _params(specs, rngs, params, dtype))
 
@@ -112,11 +112,11 @@ class Attention(_Tree):
         segment_ids: jax.Array | None = None,
         kv: View | None = None,
         cache: caching.Cache | None = None,
-        fresh: bool = False,
+        empty: bool = False,
     ) -> tuple[jax.Array, View, caching.Cache | None]:
         """(output [B,T,D], kv, cache). `kv` is for the layers that read this one; with a `cache` the tokens
         are appended to it and it is attended to. `x_kv` feeds K and V where they have a norm of their own
-        (None = x); `fresh`: the cache is empty.
+        (None = x); `empty`: the cache holds nothing yet.
 
         Raises UserError: a reader without `kv`, an owner with one, a reader with a cache, segments with a
         cache.
@@ -132,12 +132,14 @@ class Attention(_Tree):
             raise UserError("segment_ids were given together with a cache; packed rows have none, pass one of them.")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None, :], x.shape[:2])
-        cfg, where = self.cfg, model.where_of(self.cfg, positions, segment_ids, fresh)
-        return model.attend_layer(self.to_params(), cfg, self.layer, x, x if x_kv is None else x_kv, where, cache, kv)
+        this = model.Pass(model.where_of(self.cfg, positions, segment_ids, empty))
+        x_kv = x if x_kv is None else x_kv
+        out, view, cache, _ = model.attend_layer(self.to_params(), self.cfg, self.layer, x, x_kv, this, cache, kv)
+        return out, view, cache
 
     def init_cache(self, batch: int, capacity: int, cache: CacheConfig | None = None) -> caching.Cache:
         """An empty cache for this layer. Raises UserError for a layer that owns none."""
-        empty = caching.create(self.cfg, cache or CacheConfig(), batch, capacity)[self.layer]
+        empty = model.create_caches(self.cfg, cache or CacheConfig(), batch, capacity)[self.layer]
         if empty is None:
             raise UserError(f"layer {self.layer} reads layer {self.cfg.sources[self.layer]}'s cache; make that one.")
         return empty
@@ -171,7 +173,7 @@ class Decoder(_Tree):
 
     def init_cache(self, batch: int, capacity: int, cache: CacheConfig | None = None) -> tuple[Any, ...]:
         """Empty caches, one entry per layer (None for readers), for `capacity` tokens per row."""
-        return caching.create(self.cfg, cache or CacheConfig(), batch, capacity)
+        return model.create_caches(self.cfg, cache or CacheConfig(), batch, capacity)
 
     def prefill(self, tokens: jax.Array, positions: jax.Array, caches: Any, *, chunk: int = 0) -> tuple[jax.Array, Any]:
         """Fills empty caches with a prompt; see kvattn.decode.generation.prefill. Returns logits[B,W] of each row's

@@ -13,16 +13,16 @@ for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimiz
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["KVATTN_CHECK_SHAPES"] = "1"  # the letters in public signatures are bound at every call (kvattn/typed.py)
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.helpers import shapes, tiny  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-shapes.install()
 
 
 def pytest_sessionstart(session):

@@ -7,14 +7,23 @@ results, so chunks, pages, sequence shards and shared prefixes all use the same 
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from kvattn.layers import soft_cap
+from kvattn.typed import shaped
 from pallas_kernels import Leaf, Partial
 from pallas_kernels.contract import NEGATIVE
 
 
+@shaped
 def attend_partial(
-    q: jax.Array, k: jax.Array | Leaf, v: jax.Array | Leaf, mask: jax.Array, *, scale: float, cap: float = 0.0
+    q: Float[Array, "B T N H"],
+    k: jax.Array | Leaf,
+    v: jax.Array | Leaf,
+    mask: Bool[Array, "B K1 T S"],
+    *,
+    scale: float,
+    cap: float = 0.0,
 ) -> Partial:
     """Softmax attention with its statistics.
 

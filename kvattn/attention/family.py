@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kvattn.attention import dispatch, layouts
 from kvattn.attention.operand import Operand, SoftmaxShape
@@ -24,6 +25,7 @@ from kvattn.cache.leaf import LeafSpec
 from kvattn.cache.store import Cache
 from kvattn.config import Attention, Layer, ModelConfig
 from kvattn.masks import from_config
+from kvattn.typed import shaped
 from pallas_kernels import KV
 from sharding import reshard
 
@@ -104,7 +106,10 @@ class Softmax(Family):
         """Attention result [B,T,N,V] -> [B,T,D], its sum over the chips that split N still open."""
         raise NotImplementedError
 
-    def attend(self, params: Any, cfg: ModelConfig, layer: int, x: jax.Array, where: Where, view: View) -> jax.Array:
+    @shaped
+    def attend(
+        self, params: Any, cfg: ModelConfig, layer: int, x: Float[Array, "B T D"], where: Where, view: View
+    ) -> Float[Array, "B T D"]:
         """Queries, an operand a segment, one softmax over all of them, output; head groups one after the other."""
         tokens = where.own if view.own else where.cached
         q = self.queries(params, cfg, layer, x, where)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kvattn.attention.family import Softmax
 from kvattn.attention.operand import Operand, SoftmaxShape
@@ -21,6 +22,7 @@ from kvattn.config.check import at_least, choice, need
 from kvattn.errors import UserError
 from kvattn.layers import BLOCK, dense, rms_norm, rope_table, rotate
 from kvattn.spec import ParamSpec
+from kvattn.typed import shaped
 from pallas_kernels import Leaf
 from sharding import reshard
 
@@ -140,7 +142,10 @@ class Heads(Softmax, tag="heads"):
         swap = {name: (axes[0], axes[2], axes[1], axes[3]) for name, axes in (("k", _K), ("v", _V))}
         return {name: swap[name] for name in self.leaves(cfg)}
 
-    def queries(self, params: Any, cfg: ModelConfig, layer: int, x: jax.Array, where: Where) -> jax.Array:
+    @shaped
+    def queries(
+        self, params: Any, cfg: ModelConfig, layer: int, x: Float[Array, "B T D"], where: Where
+    ) -> Float[Array, "B T N H"]:
         """x[B,T,D] -> q[B,T,N,H], normalised and rotated."""
         q = dense(x, params["q"], params.get("q_bias"), ("embed", "q_heads", "head_dim"), BLOCK, _Q)
         q = self._norm(q, params.get("q_norm"), cfg, "q_heads", "act_q_heads")
@@ -155,7 +160,10 @@ class Heads(Softmax, tag="heads"):
         scale = reshard(params["scale"], (stored, "head_dim"), (name, "head_dim"))
         return rms_norm(x, scale, cfg.norm_eps, cfg.norm_offset, name)
 
-    def entries(self, params: Any, cfg: ModelConfig, layer: int, x: jax.Array, where: Where, state: Any) -> Made:
+    @shaped
+    def entries(
+        self, params: Any, cfg: ModelConfig, layer: int, x: Float[Array, "B T D"], where: Where, state: Any
+    ) -> Made:
         """x[B,T,D] -> {k: [B,K,T,H] (rotated, unless tied), v: [B,M,T,V]}."""
         k = dense(x, params["k"], params.get("k_bias"), ("embed", "k_heads", "head_dim"), BLOCK, _K)
         k = self._norm(k, params.get("k_norm"), cfg, "k_heads", "act_k_heads")
@@ -165,7 +173,10 @@ class Heads(Softmax, tag="heads"):
         k = rotate(k, where.k_tables[cfg.rope(layer), self.head_dim])
         return Made({"k": k.swapaxes(1, 2), "v": v.swapaxes(1, 2)})
 
-    def operand(self, params: Any, cfg: ModelConfig, layer: int, q: jax.Array, segment: Segment) -> Operand:
+    @shaped
+    def operand(
+        self, params: Any, cfg: ModelConfig, layer: int, q: Float[Array, "B T N H"], segment: Segment
+    ) -> Operand:
         """K and V of a segment in q's dtype; codes stay codes. Tied keys are dequantised: they are rotated here."""
         if self.tied_kv:
             v = decode(segment.leaves["k"], q.dtype)
@@ -182,7 +193,10 @@ class Heads(Softmax, tag="heads"):
         """K and V as they are stored; None where they are tied (not yet rotated)."""
         return None if self.tied_kv else cache.address.kv(cache.leaves["k"], cache.leaves["v"], 0)
 
-    def output(self, params: Any, cfg: ModelConfig, layer: int, context: jax.Array, view: Any) -> jax.Array:
+    @shaped
+    def output(
+        self, params: Any, cfg: ModelConfig, layer: int, context: Float[Array, "B T N V"], view: Any
+    ) -> Float[Array, "B T D"]:
         return dense(context, params["o"], params.get("o_bias"), ("q_heads", "value_dim", "embed"), _Q, None)
 
 

@@ -15,9 +15,11 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from kvattn.cache.leaf import LeafSpec
 from kvattn.config import CODES, CacheConfig
+from kvattn.typed import shaped
 from pallas_kernels import Leaf, codes
 
 HEADROOM = 1.25  # channel scales: how far a later key may exceed the first tokens' largest before it is clipped
@@ -88,7 +90,8 @@ def _marked(leaf: Leaf, encoding: Any) -> Leaf:
     return Leaf(leaf.values, leaf.scale, leaf.lanes, leaf.channel, encoding)
 
 
-def encode(held: Leaf, x: jax.Array, positions: jax.Array, length: jax.Array) -> Leaf:
+@shaped
+def encode(held: Leaf, x: Float[Array, "B K T H"], positions: Int32[Array, "B T"], length: Int32[Array, " B"]) -> Leaf:
     """x[B,heads,T,dim] as `held` holds it: the same kind of value, of T slots.
 
     positions[B,T] (-1 = padding) and length[B] (tokens held before) say which tokens fix a row's channel scale.

@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int32
 
 from kvattn.cache import encode as encoding
 from kvattn.cache.address import Address, Full, Kept, Paged, Ring
@@ -24,6 +25,7 @@ from kvattn.cache.write import write
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
 from kvattn.config.check import need
 from kvattn.errors import UserError
+from kvattn.typed import shaped
 from pallas_kernels import Leaf, codes
 
 
@@ -88,7 +90,12 @@ def is_paged(store: CacheConfig, owner: int) -> bool:
 def layout(cfg: ModelConfig, store: CacheConfig, owner: int, capacity: int) -> tuple[int, int, int]:
     """(slots of one row, ring, sinks) of an owner's cache for `capacity` tokens per sequence; ring 0 means that every
     token is kept. Slots are whole pages, or multiples of `store.multiple`."""
-    return _layout(store, kind_of(store, owner), [cfg.mask(reader) for reader in cfg.readers(owner)], capacity)
+    return slots_for(store, owner, [cfg.mask(reader) for reader in cfg.readers(owner)], capacity)
+
+
+def slots_for(store: CacheConfig, owner: int, masks: list[MaskConfig], capacity: int) -> tuple[int, int, int]:
+    """`layout` for given masks of everything that looks at the cache."""
+    return _layout(store, kind_of(store, owner), masks, capacity)
 
 
 def _layout(store: CacheConfig, kind: str, masks: list[MaskConfig], capacity: int) -> tuple[int, int, int]:
@@ -287,7 +294,10 @@ def axes(cfg: ModelConfig, owner: int, cache: Any) -> Any:
 # --- tokens in, tokens out -------------------------------------------------------------------------------------
 
 
-def stored(cache: Cache, entries: dict[str, jax.Array], positions: jax.Array) -> dict[str, jax.Array]:
+@shaped
+def stored(
+    cache: Cache, entries: dict[str, Float[Array, "B _ T _"]], positions: Int32[Array, "B T"]
+) -> dict[str, Float[Array, "B _ T _"]]:
     """Entries [B,heads,T,dim] at positions[B,T] as the cache would give them back, in the same shape: what a first
     prefill attends to."""
     out = {}
@@ -299,7 +309,10 @@ def stored(cache: Cache, entries: dict[str, jax.Array], positions: jax.Array) ->
     return out
 
 
-def append(cache: Cache, entries: dict[str, jax.Array], positions: jax.Array, state: Any = None) -> Cache:
+@shaped
+def append(
+    cache: Cache, entries: dict[str, Float[Array, "B _ T _"]], positions: Int32[Array, "B T"], state: Any = None
+) -> Cache:
     """Writes entries [B,heads,T,dim] at absolute positions[B,T] (-1 = padding, skipped), and the layer's new `state`.
 
     In place under donation. A position beyond a cache's capacity or pages is dropped: callers check lengths first.
@@ -320,7 +333,8 @@ def read(cache: Cache) -> tuple[dict[str, Leaf], jax.Array]:
     return {n: cache.address.rows(leaf) for n, leaf in cache.leaves.items()}, cache.address.positions(cache.held)
 
 
-def truncate(caches: tuple[Any, ...], length: jax.Array) -> tuple[Any, ...]:
+@shaped
+def truncate(caches: tuple[Any, ...], length: Int32[Array, " B"]) -> tuple[Any, ...]:
     """Caches with the first length[B] positions of every row only: what was written behind them is gone.
 
     Raises UserError for rings and states, which have overwritten what a roll-back would need."""

@@ -12,6 +12,7 @@ layouts: weights of ws_2d and wg_* are stored alike, and prefill writes the cach
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kvattn import cache as caches_lib
 from kvattn import int8_weights as weights_lib
 from kvattn import model, spec
-from kvattn.attention import target
-from kvattn.config import CacheConfig, ModelConfig
+from kvattn.attention import gate, target
+from kvattn.attention.heads import plain_heads
+from kvattn.config import CacheConfig, ModelConfig, period
 from kvattn.errors import UserError
-from pallas_kernels import Leaf
 from sharding import reshard, use_manual, use_rules
 from sharding.layout import layouts
 from sharding.layout.apply import multiply, partition_spec
@@ -75,19 +76,27 @@ def rules_for(cfg: ModelConfig, layout: layouts.Layout, mesh: Any, batch: int, s
 
     Raises ShardingError where the layout does not fit.
     """
-    dims = {
-        "embed": cfg.d_model,
-        "mlp": cfg.d_ff,
-        "vocab": cfg.vocab_size,
-        "q_heads": cfg.n_heads,
-        "k_heads": cfg.n_k_heads,
-        "v_heads": cfg.n_k_heads if cfg.tied_kv else cfg.n_v_heads,
-        "batch": batch,
-    }
+    dims = {"embed": cfg.d_model, "mlp": cfg.d_ff, "vocab": cfg.vocab_size, **_heads(cfg), "batch": batch}
     table: Rules = {}
     for count in slots or (0,):
         table = layouts.rules(layout, dict(mesh.shape), {**dims, "slots": count})
     return table
+
+
+def _heads(cfg: ModelConfig) -> dict[str, int]:
+    """Heads that a layout may split, of all layers: query heads of the parameters, K and V heads of the leaves (V of a
+    leaf that is both). Layers that differ give their greatest common divisor; 1 where no layer has any."""
+    specs = jax.tree.leaves(model.param_specs(model.unscanned(cfg)), is_leaf=spec.is_spec)
+    found = {
+        "q_heads": [s.shape[s.axes.index("q_heads")] for s in specs if "q_heads" in s.axes],
+        "k_heads": [],
+        "v_heads": [],
+    }
+    for leaves in model.leaves(cfg):
+        for leaf in caches_lib.token_leaves(leaves or {}).values():
+            for name, roles in (("k_heads", ("key", "both")), ("v_heads", ("value", "both"))):
+                found[name] += [leaf.shape[0]] if leaf.role in roles else []
+    return {name: math.gcd(*sizes) or 1 for name, sizes in found.items()}
 
 
 def param_axes(cfg: ModelConfig, kind: str) -> Any:
@@ -139,7 +148,7 @@ def build(
     held = _held(cfg, cache, batch, context)
     rules = rules_for(cfg, layout, mesh, batch, tuple(c.slots for c in held if c is not None))
     params, axes = weights_lib.abstract(cfg, weights), param_axes(cfg, weights)
-    cache_axes = _cache_axes(held)
+    cache_axes = _cache_axes(cfg, held)
     if scan:
         cfg = dataclasses.replace(cfg, scan_layers=True)
         params, axes = {**params, "layers": _stacked(params["layers"], cfg)}, {**axes, "layers": _under(axes, cfg)}
@@ -172,12 +181,13 @@ def _held(cfg: ModelConfig, cache: CacheConfig, batch: int, context: int) -> tup
             "cache.key_scale is 'channel', which is not split over chips: all of a sequence's first tokens "
             "fix it; use token."
         )
+    gate(cfg, cache, context)
     return caches_lib.specs(cfg, cache, batch, context)
 
 
-def _cache_axes(held: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cache_axes(cfg: ModelConfig, held: tuple[Any, ...]) -> tuple[Any, ...]:
     """The logical axes of every array of `held`, in its own form."""
-    axes = tuple(None if cache is None else caches_lib.axes(cache) for cache in held)
+    axes = tuple(None if c is None else caches_lib.axes(cfg, owner, c) for owner, c in enumerate(held))
     return jax.tree.map(_Axes, axes, is_leaf=lambda x: type(x) is tuple and all(isinstance(n, str | None) for n in x))
 
 
@@ -188,22 +198,22 @@ def _places(tree: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
 
 def _stacked(layers: tuple[Any, ...], cfg: ModelConfig) -> tuple[Any, ...]:
     """Abstract leaves of a tuple over layers, as `model.stack_layers` stacks arrays."""
-    period = model.scan_period(cfg)
-    count = cfg.n_layers // period
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), tuple(layers[:period]))
+    size = period(cfg)
+    count = cfg.n_layers // size
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), tuple(layers[:size]))
 
 
 def _under(axes: Any, cfg: ModelConfig) -> tuple[Any, ...]:
     """The axes of stacked layers."""
-    return jax.tree.map(lambda a: _Axes(("layers", *a)), tuple(axes["layers"][: model.scan_period(cfg)]))
+    return jax.tree.map(lambda a: _Axes(("layers", *a)), tuple(axes["layers"][: period(cfg)]))
 
 
 def _pass(
-    cfg: ModelConfig, fresh: bool, platform: str, params: Any, tokens: jax.Array, positions: jax.Array, caches: Any
+    cfg: ModelConfig, empty: bool, platform: str, params: Any, tokens: jax.Array, positions: jax.Array, caches: Any
 ):
     """tokens, positions [B,T] (-1 = padding, on either side) -> (logits[B,W] at each row's last token, caches), for
     chips of `platform`."""
-    inputs = model.Inputs(tokens, positions, fresh=fresh)
+    inputs = model.Inputs(tokens, positions, empty=empty)
     with target.default(platform):
         x, caches, _ = model.hidden(params, cfg, inputs, caches=caches)
     if tokens.shape[1] > 1:
@@ -253,9 +263,10 @@ def build_floor(
     Raises as `build`; UserError for a variant that stores no plain k and v.
     """
     step = build(cfg, cache, layout, mesh, phase="decode", batch=batch, context=context, weights=weights)
-    if cfg.variant != "heads" or cfg.tied_kv:
-        raise UserError(f"model.variant is {cfg.variant!r}; the floor is written for plain k and v.")
-    if any(isinstance(leaf, Leaf) for leaf in step.args[3][0].entries.values()):
+    plain = plain_heads(cfg, "the floor of a decode step")
+    if plain.tied_kv:
+        raise UserError("model.tied_kv is True; the floor is written for plain k and v.")
+    if any(leaf.lanes or leaf.scale is not None for leaf in step.args[3][0].leaves.values()):
         raise UserError(
             f"cache.dtype is {cache.dtype!r} and cache.layout {cache.layout!r}; the floor is written for "
             "rows of float32 or bfloat16."
@@ -264,14 +275,15 @@ def build_floor(
     rows = batch // layouts.parts(rules["act_batch"], sizes)
     width = cfg.d_model // layouts.parts(rules["act_embed"], sizes)
     held = batch // layouts.parts(rules["attn_batch"], sizes)
-    heads = cfg.n_heads // layouts.parts(rules["attn_heads"], sizes)
+    heads = plain.n_heads // layouts.parts(rules["attn_heads"], sizes)
     dtype = jax.tree.leaves(step.args[0]["final_norm"])[0].dtype
     everywhere = NamedSharding(mesh, PartitionSpec())
     inputs = [
-        jax.ShapeDtypeStruct(s, dtype, sharding=everywhere) for s in ((held, 1, heads, cfg.head_dim), (rows, 1, width))
+        jax.ShapeDtypeStruct(s, dtype, sharding=everywhere)
+        for s in ((held, 1, heads, plain.head_dim), (rows, 1, width))
     ]
     specs = jax.tree.map(lambda a: a.sharding.spec, step.args)
-    body = functools.partial(_floor, cfg)
+    body = functools.partial(_floor, cfg, plain.v_head_dim)
     fn = jax.shard_map(
         body,
         mesh=mesh,
@@ -282,18 +294,18 @@ def build_floor(
     return Program(fn, (step.args[0], *inputs, step.args[3]), everywhere, (), rules)
 
 
-def _floor(cfg: ModelConfig, params: Any, q: jax.Array, x: jax.Array, caches: Any) -> jax.Array:
+def _floor(cfg: ModelConfig, width: int, params: Any, q: jax.Array, x: jax.Array, caches: Any) -> jax.Array:
     """One chip: every matmul reads what an earlier one made, as in the model, so that none can be left out."""
 
     for layer, block in enumerate(params["layers"]):
         attn, owner = block["attn"], cfg.sources[layer]
-        held = caches[owner].entries
+        held = {name: leaf.values for name, leaf in caches[owner].leaves.items()}
         made = multiply(x, attn["q"])
         if owner == layer:
             made = made + jnp.max(multiply(x, attn["k"])) + jnp.max(multiply(x, attn["v"]))
         scores = jnp.einsum("btnh,bksh->btnks", q, held["k"].astype(q.dtype))
         seen = jnp.einsum("btnks,bksv->btnv", scores, held["v"].astype(q.dtype))
-        made = made[..., : cfg.v_head_dim] + jnp.max(seen)
+        made = made[..., :width] + jnp.max(seen)
         hidden = multiply(x, block["mlp"]["up"])
         if "gate" in block["mlp"]:
             hidden = hidden * multiply(x, block["mlp"]["gate"])

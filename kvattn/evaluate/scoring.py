@@ -69,7 +69,7 @@ def score(
     out = Scores(np.zeros(padded.tokens.shape, np.float32), np.zeros(padded.tokens.shape, bool))
     for row in range(0, count, batch):
         part = Sequences(*(x[row : row + batch] for x in padded))
-        caches = cache.create(cfg, cache_cfg, batch, capacity)
+        caches = model.create_caches(cfg, cache_cfg, batch, capacity)
         _score_batch(params, cfg, part, caches, chunk, Scores(*(x[row : row + batch] for x in out)))
         if progress:
             progress(min(row + batch, count), count)
@@ -114,10 +114,10 @@ def _piece(cfg: ModelConfig, batch: int, chunk: int) -> int:
     return -(-chunk // min(parts, chunk))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "fresh"), donate_argnames="caches")
-def _extend(params, cfg, tokens, positions, caches, fresh=False):
+@functools.partial(jax.jit, static_argnames=("cfg", "empty"), donate_argnames="caches")
+def _extend(params, cfg, tokens, positions, caches, empty=False):
     """Appends a chunk [b,c] to the caches -> (hidden [b,c,D], caches)."""
-    inputs = model.Inputs(tokens=tokens, positions=positions, fresh=fresh)
+    inputs = model.Inputs(tokens=tokens, positions=positions, empty=empty)
     hidden, caches, _ = model.hidden(params, cfg, inputs, caches=caches)
     return hidden, caches
 
@@ -145,14 +145,14 @@ def logits(
     check_ids(cfg, tokens, "tokens")
     batch, width = tokens.shape
     chunk = 1 if mode == "decode" else min(chunk, width)
-    caches = cache.create(cfg, cache_cfg, batch, plan_capacity(cfg, cache_cfg, width))
+    caches = model.create_caches(cfg, cache_cfg, batch, plan_capacity(cfg, cache_cfg, width))
     positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
     out = np.empty((batch, width, cfg.vocab_size), np.float32)
     tokens = np.asarray(tokens, np.int32)
     for start in range(0, width, chunk):
         columns = slice(start, start + chunk)
-        fresh = mode == "prefill" and start == 0
-        hidden, caches = _extend(params, cfg, tokens[:, columns], positions[:, columns], caches, fresh=fresh)
+        empty = mode == "prefill" and start == 0
+        hidden, caches = _extend(params, cfg, tokens[:, columns], positions[:, columns], caches, empty=empty)
         out[:, columns] = _unembed(params, cfg, hidden)
     return out
 

@@ -77,7 +77,8 @@ def rules_for(cfg: ModelConfig, mesh: Mesh) -> str:
     """The rule table for `cfg` on `mesh`: K and V heads are split over `tensor` where it divides their numbers
     and whole on every shard where it does not (multi-query attention on a tensor mesh, arXiv:2211.05102)."""
     parts = mesh.shape["tensor"]
-    split = cfg.n_k_heads % parts == 0 and cfg.n_v_heads % parts == 0
+    heads = [leaf.shape[0] for leaves in model.leaves(cfg) for leaf in (leaves or {}).values()]
+    split = all(count % parts == 0 for count in heads)
     return "fsdp_tp" if split else "fsdp_tp_kv_replicated"
 
 

@@ -360,6 +360,11 @@ def _rows(table: Any, tokens: jax.Array) -> jax.Array:
 # --- kernels -----------------------------------------------------------------------------------------------
 
 
+def one_chip() -> bool:
+    """Whether the arrays being traced are one chip's part: inside a shard_map of `use_manual`."""
+    return _manual() is not None
+
+
 def partitioned() -> bool:
     """Whether the compiler partitions what is being traced over several chips."""
     active = _ACTIVE.get()

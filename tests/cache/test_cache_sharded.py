@@ -11,7 +11,6 @@ from kvattn import cache, model
 from kvattn.config import CacheConfig
 from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
-from tests.helpers import shapes
 from tests.helpers.sharded_cases import MODELS, SLOTS, STEPS, TOKENS, case, mesh_of
 from tests.helpers.tolerances import CODES_STEP, apart
 
@@ -20,12 +19,6 @@ STORES = {
     "lanes": CacheConfig(dtype="float8_e4m3fn", layout="lanes"),
     "v_lanes": CacheConfig(dtype="int8", layout="v_lanes"),
 }
-
-
-@pytest.fixture(autouse=True)
-def local_shapes(monkeypatch):
-    """Arrays have the shapes of one chip."""
-    monkeypatch.setattr(shapes, "_is", lambda *_: None)
 
 
 @functools.cache

@@ -12,15 +12,8 @@ from kvattn import model
 from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
 from sharding.layout import layouts
-from tests.helpers import shapes
 from tests.helpers.sharded_cases import MODELS, SLOTS, TOKENS, case, filled, mesh_of, store
 from tests.helpers.tolerances import F32_SHARDED, close
-
-
-@pytest.fixture(autouse=True)
-def local_shapes(monkeypatch):
-    """Inside a shard_map arrays have the shapes of one chip, which the session's shape checks do not know."""
-    monkeypatch.setattr(shapes, "_is", lambda *_: None)
 
 
 def program(name, phase, layout, overlap, batch, shape=(2, 2, 2), scan=False):

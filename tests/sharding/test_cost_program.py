@@ -17,7 +17,6 @@ from kvattn.decode import partitioned as sharded
 from sharding import cost
 from sharding.cost import traffic
 from sharding.layout import layouts
-from tests.helpers import shapes
 from tests.helpers.tolerances import CLOSED_FORM, close
 
 BF16 = CacheConfig(dtype="bfloat16")
@@ -31,12 +30,6 @@ KINDS = {
 }
 DTYPES = {"act": "bfloat16", "weight": "bfloat16", "float32": "float32"}
 BATCH, CONTEXT = 16, 24
-
-
-@pytest.fixture(autouse=True)
-def local_shapes(monkeypatch):
-    """Inside a shard_map arrays have the shapes of one chip, which the session's shape checks do not know."""
-    monkeypatch.setattr(shapes, "_is", lambda *_: None)
 
 
 def config(kv_heads: int, residual: str, **changes) -> ModelConfig:
