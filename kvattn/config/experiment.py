@@ -106,6 +106,11 @@ class DistillConfig:
     attention_mse: float = 0.0
     temperature: float = 1.0
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss has a distillation term."""
+        return bool(self.logit_kl or self.attention_mse)
+
     def check(self) -> None:
         """Raises UserError for a negative weight, or none at all."""
         at_least(self, "train.distill", lm_weight=0, logit_kl=0, attention_mse=0)

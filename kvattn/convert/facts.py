@@ -23,6 +23,7 @@ Sums of one batch are float32 products at the highest precision, added up in flo
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from kvattn import cache, model
 from kvattn.attention import Softmax
@@ -63,11 +65,12 @@ class Facts:
         """One .npz file, whole or not at all. Raises UserError where it cannot be written."""
         arrays = {f"{layer}/{name}": x for layer, moments in enumerate(self.moments) for name, x in moments.items()}
         about = {"tokens": self.tokens, "layers": len(self.moments), "sources": dict(self.sources)}
-        temporary = f"{os.fspath(path)}.partial"
+        whole, path = io.BytesIO(), epath.Path(path)
+        np.savez(whole, about=np.asarray(json.dumps(about)), **arrays)
+        partial = path.with_name(f"{path.name}.partial")
         try:
-            with open(temporary, "wb") as file:
-                np.savez(file, about=np.asarray(json.dumps(about)), **arrays)
-            os.replace(temporary, path)
+            partial.write_bytes(whole.getbuffer())
+            partial.replace(path)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another folder.") from error
 
@@ -75,7 +78,7 @@ class Facts:
 def load(path: str | os.PathLike) -> Facts:
     """What `Facts.save` wrote. Raises UserError: missing, or no such file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             moments: tuple[dict[str, np.ndarray], ...] = tuple({} for _ in range(about["layers"]))
             for key in file.files:
