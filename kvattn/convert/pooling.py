@@ -52,7 +52,7 @@ def _pooled(family: Any, cfg: ModelConfig, k_heads: int, v_heads: int, kind: str
         )
     need(
         not family.tied_kv or k_heads == v_heads,
-        f"convert.v_heads is {v_heads} and k_heads {k_heads}, and layer {layer} ({family.tag!r}) has tied_kv; give one.",
+        f"convert.v_heads is {v_heads}, k_heads {k_heads} and layer {layer} ({family.tag!r}) has tied_kv; give one.",
     )
     return dataclasses.replace(family, n_k_heads=k_heads, n_v_heads=v_heads)
 
