@@ -42,10 +42,11 @@ bench: ## the benchmarks, peers in alternation, JSON into experiments/results/ (
 	@VERSIONS=3.11 EXTRA_PIP=torch==2.13.0 scripts/setup.sh $(PEERS) test,hf
 	@for file in experiments/bench_*.py; do $(PEERS)/bin/python -m experiments.$$(basename $$file .py) $(ARGS); done
 
-lint: ## ruff: rules and formatting
+lint: ## ruff (rules, formatting) and import-linter (the order of packages and rooms)
 	@scripts/setup.sh $(VENV) test
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/lint-imports
 
 clean: ## remove the environments and caches; results and workdirs stay
 	rm -rf $(VENV) $(PEERS) $(VENV).lock $(PEERS).lock .pytest_cache .ruff_cache build *.egg-info

@@ -1,4 +1,4 @@
-"""What every experiment file starts from.
+"""The start of every experiment file.
 
     from configs import base
 

@@ -1,4 +1,4 @@
-"""What each attention variant of SmolLM2-135M costs in quality and saves in cache bytes and decode time.
+"""Attention variants of SmolLM2-135M compared: cost in quality, savings in cache bytes and decode time.
 
 Command:  python -m experiments.study --config=configs/study_smollm2.py   (make study)
           --config.steps=200 --config.variants=base,mqa,mqa_cla2 widen or narrow it; the same command resumes.

@@ -13,6 +13,7 @@ from configs import sizes
 from experiments.bench import comparison
 from experiments.bench import decode_shapes as decode_bench
 from experiments.common import cli
+from experiments.common.paths import RESULTS
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "smollm2", "any checkpoint that kvattn reads")
 TEXT = flags.DEFINE_string("text", "", "a file for the prompts; empty = the held-out plays")
@@ -34,7 +35,7 @@ def main() -> None:
         asked = {"batch": BATCH, "context": CONTEXT, "steps": NEW, "rounds": ROUNDS, "layers": LAYERS}
         decode_bench.run(
             dict(sizes.named(name) for name in SHAPES.value),
-            default=str(comparison.RESULTS / "bench_decode_shapes.json"),
+            default=str(RESULTS / "bench_decode_shapes.json"),
             output=OUTPUT.value,
             candidates=CANDIDATES.value,
             **{name: flag.value for name, flag in asked.items()},

@@ -17,6 +17,7 @@ from experiments.bench import comparison, kernel_plot, kernel_report
 from experiments.bench import kernels as kernel_bench
 from experiments.bench.kernel_shapes import SWEEPS
 from experiments.common import cli
+from experiments.common.paths import RESULTS
 
 SWEEP = flags.DEFINE_string("sweep", "", f"{' | '.join(SWEEPS)}; empty = default, or quick on a CPU")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of each candidate")
@@ -26,7 +27,7 @@ ONLY = flags.DEFINE_string("only", "", "only rows whose name has this, e.g. int8
 PYTHON = flags.DEFINE_string("peer_python", "", "an interpreter that has torch; empty = this one")
 TORCH = flags.DEFINE_bool("torch", True, "measure torch's candidates where torch is")
 PLOT = flags.DEFINE_bool("plot", False, "draw the plots of the JSON and measure nothing")
-DEFAULT = comparison.RESULTS / "bench_kernels.json"
+DEFAULT = RESULTS / "bench_kernels.json"
 
 
 def torch() -> kernel_bench.Torch:

@@ -148,7 +148,9 @@ def problem(q: jax.Array, kv: KV, options: Options) -> Problem:
     v = kv.k if kv.v is None else kv.v
     for name, leaf in (("K", kv.k), ("V", v)):
         if leaf.encoding is not None:
-            raise KernelError(f"{name} is held in an encoding of its own ({leaf.encoding}), which no kernel reads; use xla.")
+            raise KernelError(
+                f"{name} is held in an encoding of its own ({leaf.encoding}), which no kernel reads; use xla."
+            )
         if heads % leaf.heads:
             raise KernelError(f"{name} has {leaf.heads} heads, which do not divide the {heads} query heads.")
         if leaf.slots != kv.k.slots:

@@ -211,7 +211,7 @@ def test_declared_allocated_compiled():
                 continue
             declared = account.cache_bytes(cfg, store, batch, capacity)
             caches = cache.create(cfg, store, batch, capacity)
-            leaves = jax.tree.leaves([c.entries for c in caches if c is not None])
+            leaves = jax.tree.leaves([c.leaves for c in caches if c is not None])
             counters = sum(x.nbytes for x in jax.tree.leaves([(c.length, c.table) for c in caches if c is not None]))
             assert declared == by_hand(cfg, store, batch, capacity), where
             assert declared == cache.nbytes(caches), where

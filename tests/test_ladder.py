@@ -109,7 +109,7 @@ def test_prefill_and_decode_equal_the_full_forward(name, at):
     want = run(params, cfg, tokens)
     caches = cache.create(cfg, CacheConfig(kinds=("by_mask",)), 2, LENGTH + 2)
     forward = jax.jit(model.forward, static_argnums=1)
-    out, caches = forward(params, cfg, model.Inputs(tokens[:, :at], fresh=True), caches=caches)
+    out, caches = forward(params, cfg, model.Inputs(tokens[:, :at], empty=True), caches=caches)
     parts = [out.logits]
     for t in range(at, LENGTH):
         inputs = model.Inputs(tokens[:, t : t + 1], jnp.full((2, 1), t, jnp.int32))

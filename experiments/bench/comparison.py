@@ -14,10 +14,9 @@ import tempfile
 from typing import Any
 
 from experiments.common import machine
-from experiments.common.child import ROOT, Child
+from experiments.common.child import Child
 from experiments.common.journal import write_whole
-
-RESULTS = ROOT / "experiments" / "results"
+from experiments.common.paths import RESULTS
 
 
 def worker(name: str, python: str = "") -> Child:

@@ -40,8 +40,8 @@ PAGE = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One candidate on one model: what is compiled and what its caches are."""
+class Trial:
+    """One candidate on one model, with its caches and lengths."""
 
     cfg: ModelConfig
     store: CacheConfig
@@ -72,7 +72,7 @@ def parse(text: str) -> tuple[str, str, bool]:
     return kernel, store, bool(paged)
 
 
-def job_of(cfg: ModelConfig, candidate: str, batch: int, context: int, steps: int) -> Job:
+def trial_of(cfg: ModelConfig, candidate: str, batch: int, context: int, steps: int) -> Trial:
     """The candidate in the first layout that its kernel reads. Raises UserError with the reason where there is none."""
     kernel, store, paged = parse(candidate)
     cfg = dataclasses.replace(cfg, decode_kernel=kernel)
@@ -84,15 +84,15 @@ def job_of(cfg: ModelConfig, candidate: str, batch: int, context: int, steps: in
         )
         reasons.append(reason_against(cfg, held))
         if reasons[-1] is None:
-            return Job(cfg, held, batch, context, steps)
+            return Trial(cfg, held, batch, context, steps)
     raise UserError(f"{candidate} cannot serve this model: {reasons[0]}")
 
 
-def abstract_caches(job: Job) -> tuple[Any, ...]:
-    return cache.specs(job.cfg, job.store, job.batch, job.store.capacity)
+def abstract_caches(trial: Trial) -> tuple[Any, ...]:
+    return cache.specs(trial.cfg, trial.store, trial.batch, trial.store.capacity)
 
 
-def filled_caches(job: Job, seed: int = 0) -> tuple[Any, ...]:
+def filled_caches(trial: Trial, seed: int = 0) -> tuple[Any, ...]:
     """Caches that hold `context` - `steps` random tokens a sequence; pages in the pool's order."""
     key = jax.random.key(seed, impl="rbg")
 
@@ -103,22 +103,27 @@ def filled_caches(job: Job, seed: int = 0) -> tuple[Any, ...]:
         return Leaf(values, scales, leaf.lanes) if isinstance(entry, Leaf) else values
 
     out = []
-    for layer, c in enumerate(abstract_caches(job)):
+    for layer, c in enumerate(abstract_caches(trial)):
         if c is None:
             out.append(None)
             continue
         entries = {name: fill(entry, 2 * layer + i) for i, (name, entry) in enumerate(c.entries.items())}
         table = None if c.table is None else 1 + jnp.arange(c.table.size, dtype=jnp.int32).reshape(c.table.shape)
-        length = jnp.full((job.batch,), job.context - job.steps, jnp.int32)
+        length = jnp.full((trial.batch,), trial.context - trial.steps, jnp.int32)
         out.append(c.replace(entries=entries, length=length, table=table))
     return tuple(out)
 
 
-def state_of(job: Job, caches: Any) -> decode.State:
+def state_of(trial: Trial, caches: Any) -> decode.State:
     """A state that is about to draw `steps` tokens after the first."""
-    held = jnp.full((job.batch,), job.context - job.steps, jnp.int32)
-    out = jnp.full((job.batch, job.steps + 1), -1, jnp.int32)
-    return decode.State(jnp.arange(job.batch, dtype=jnp.int32), held, jnp.int32(1), out, caches)
+    return decode.State(
+        token=jnp.arange(trial.batch, dtype=jnp.int32),
+        position=jnp.full((trial.batch,), trial.context - trial.steps, jnp.int32),
+        step=jnp.ones((trial.batch,), jnp.int32),
+        done=jnp.zeros((trial.batch,), bool),
+        out=jnp.full((trial.batch, trial.steps + 1), -1, jnp.int32),
+        caches=caches,
+    )
 
 
 @functools.cache
@@ -127,24 +132,24 @@ def _draws(batch: int) -> tuple[Any, jax.Array]:
     return sampling.create(DecodeConfig(), batch), jnp.zeros((0,), jnp.int32)
 
 
-def compiled(job: Job, params: Any) -> Any:
-    """program(params, state, sampler, eos, until) -> State, for this job's shapes."""
-    state = jax.eval_shape(functools.partial(state_of, job), abstract_caches(job))
-    return decode.advance_jit.lower(params, job.cfg, state, *_draws(job.batch), jnp.int32(0)).compile()
+def compiled(trial: Trial, params: Any) -> Any:
+    """program(params, state, sampler, eos, until) -> State, for this trial's shapes."""
+    state = jax.eval_shape(functools.partial(state_of, trial), abstract_caches(trial))
+    return decode.advance_jit.lower(params, trial.cfg, state, *_draws(trial.batch), jnp.int32(0)).compile()
 
 
-def turn(job: Job, program: Any, params: Any) -> tuple[float, jax.Array]:
+def turn(trial: Trial, program: Any, params: Any) -> tuple[float, jax.Array]:
     """(seconds of `steps` tokens, tokens [B,steps+1])."""
-    state = jax.block_until_ready(state_of(job, filled_caches(job)))
+    state = jax.block_until_ready(state_of(trial, filled_caches(trial)))
     began = time.perf_counter()
-    state = jax.block_until_ready(program(params, state, *_draws(job.batch), jnp.int32(job.steps + 1)))
+    state = jax.block_until_ready(program(params, state, *_draws(trial.batch), jnp.int32(trial.steps + 1)))
     return time.perf_counter() - began, state.out
 
 
-def roofline(job: Job, bandwidth: float) -> account.Roofline:
+def roofline(trial: Trial, bandwidth: float) -> account.Roofline:
     """Of the mean step: weights once, K and V of as many tokens as a sequence holds half way."""
     chip = Chip("measured", float("inf"), 0, bandwidth, 0, 1, "a copy")
-    return account.roofline_decode(job.cfg, job.store, job.batch, job.context - job.steps // 2, chip)
+    return account.roofline_decode(trial.cfg, trial.store, trial.batch, trial.context - trial.steps // 2, chip)
 
 
 def measure(
@@ -154,24 +159,22 @@ def measure(
     {refused} or {error}."""
     params = jax.block_until_ready(model.init(jax.random.key(0), cfg, jnp.bfloat16))
     entries: dict[str, dict[str, Any]] = {}
-    jobs, tokens = {}, {}
+    trials, tokens = {}, {}
     for name in candidates:
         try:
-            job = job_of(cfg, name, batch, context, steps)
+            trial = trial_of(cfg, name, batch, context, steps)
             began = time.perf_counter()
-            program = compiled(job, params)
-            entries[name] = {"compile_seconds": time.perf_counter() - began, "layout": job.store.layout}
-            tokens[name] = turn(job, program, params)[1][:, 1]
-            jobs[name] = (job, program)
+            program = compiled(trial, params)
+            entries[name] = {"compile_seconds": time.perf_counter() - began, "layout": trial.store.layout}
+            tokens[name] = turn(trial, program, params)[1][:, 1]
+            trials[name] = (trial, program)
         except (UserError, KernelError) as error:
             entries[name] = {"refused": str(error)}
         except Exception as error:  # whatever a compiler or a full memory raises is this candidate's result
             entries[name] = {"error": kernel_bench.one_line(error)}
-    turns = {
-        name: lambda job=job, program=program: turn(job, program, params)[0] for name, (job, program) in jobs.items()
-    }
+    turns = {name: lambda made=made: turn(*made, params)[0] for name, made in trials.items()}
     for name, seconds in kernel_bench.alternate(turns, rounds, entries).items():
-        roof, median = roofline(jobs[name][0], bandwidth), statistics.median(seconds)
+        roof, median = roofline(trials[name][0], bandwidth), statistics.median(seconds)
         entries[name] |= {
             "tokens_per_second": batch * steps / median,
             "tokens_per_second_all": [batch * steps / s for s in seconds],
@@ -187,7 +190,7 @@ def measure(
 
 
 def lines(name: str, setting: dict[str, Any], entries: dict[str, dict[str, Any]]) -> str:
-    """What is printed of one model."""
+    """The printed text of one model."""
     out = [f"\n{name}, {setting['layers']} layers, batch {setting['batch']}, context {setting['context']}"]
     for candidate, entry in entries.items():
         if "tokens_per_second" not in entry or "error" in entry:

@@ -1,4 +1,4 @@
-"""What a record of experiments/bench/kernels.py says: its lines on the terminal, and the project's bars."""
+"""Report of a record of experiments/bench/kernels.py: its lines on the terminal, and the project's bars."""
 
 import json
 import pathlib

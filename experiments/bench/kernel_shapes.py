@@ -1,4 +1,4 @@
-"""What the kernel benchmark asks: decode steps, sweeps of them, and their inputs, drawn on the device.
+"""Shapes of the kernel benchmark: decode steps, sweeps of them, and their inputs, drawn on the device.
 
 bars      the shapes that the project's bars speak of
 default   one axis at a time: batch x context, group, store, latent, pages, uneven lengths
@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """What a row is called, here and in the JSON."""
+        """The row's name, here and in the JSON."""
         dims = f"{self.head_dim}/{self.v_dim}" if self.head_dim != self.v_dim else str(self.head_dim)
         extra = (f" page {self.page}" if self.page else "") + (" ragged" if self.ragged else "")
         return f"{self.kind} N{self.heads} K{self.k_heads} H{dims} B{self.batch} S{self.context} {self.store}{extra}"

@@ -229,7 +229,7 @@ def alternate(
 
 
 def figures(seconds: list[float], size: int, batch: int, limit: float) -> dict[str, Any]:
-    """What a row says of one candidate."""
+    """Figures of one candidate in a row."""
     median = statistics.median(seconds)
     return {
         "seconds": median,

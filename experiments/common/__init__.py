@@ -1,1 +1,1 @@
-"""What every command shares: the door, journals, child processes, machines, plots."""
+"""Common to all commands: their table, the door, the journal, child processes, the machine, the look of plots."""

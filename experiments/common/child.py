@@ -13,14 +13,14 @@ be another interpreter, with torch and without jax.
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parents[2]
+from experiments.common.paths import ROOT
+
 MARK = "@answer "
 
 

@@ -38,6 +38,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments.common.commands import COMMANDS, Row
+from experiments.common.paths import CONFIGS, ROOT
 from kvattn import config as config_lib
 from kvattn.errors import UserError
 from sharding import ShardingError
@@ -117,8 +118,8 @@ def run(main: Callable[..., int | None], command: str | Row | None, *, argv: Seq
 
 
 def _leave_out_absent() -> None:
-    """Where libtpu or a CUDA plugin is installed for its compiler alone, keeps JAX from looking for devices that no
-    device file announces: it would find none, and say so in many lines. JAX_PLATFORMS, when set, decides."""
+    """Keeps JAX from looking for devices that no device file announces, where libtpu or a CUDA plugin is installed for
+    its compiler alone: it would find none, and say so in many lines. JAX_PLATFORMS, when set, decides."""
     if jax.config.jax_platforms:
         return
     files = {"tpu": ("/dev/accel*", "/dev/vfio/[0-9]*"), "cuda": ("/dev/nvidia[0-9]*", "/dev/dxg")}
@@ -255,9 +256,8 @@ def _take_config_path(argv: list[str], default: str) -> tuple[str, list[str]]:
 
 def config_names() -> list[str]:
     """Names of the shipped experiment files."""
-    folder = Path(__file__).parents[2] / "configs"
     has_it = re.compile(r"^def get_config\(", re.MULTILINE)
-    return sorted(p.stem for p in folder.glob("*.py") if has_it.search(p.read_text(encoding="utf-8")))
+    return sorted(p.stem for p in CONFIGS.glob("*.py") if has_it.search(p.read_text(encoding="utf-8")))
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
@@ -269,7 +269,7 @@ def load_config_file(spec: str) -> ml_collections.ConfigDict:
     name, colon, arg = spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        path = Path(__file__).parents[2] / name
+        path = ROOT / name
     if not path.is_file():
         raise UserError(f"--config={name}: no such file{_near(Path(name).stem, config_names())}.")
     module_spec = importlib.util.spec_from_file_location(f"kvattn_config_{path.stem}", path)

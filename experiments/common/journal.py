@@ -111,7 +111,7 @@ class Journal:
 
 
 def _related(key: str, keys: Iterable[str]) -> bool:
-    """Whether `key`, indices aside, is one of `keys`, or above or below one: then a value changed, not the fields."""
+    """`key`, indices aside, is one of `keys`, or above or below one: then a value changed, not the fields."""
     name = _without_indices(key)
     others = map(_without_indices, keys)
     return any(o == name or o.startswith(name + ".") or name.startswith(o + ".") for o in others)

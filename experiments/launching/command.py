@@ -1,11 +1,11 @@
-"""From an experiment's command to the machines that run it: scripts and manifests, or local processes.
+"""Slices and commands: an experiment's command, checked, and the machines that it fits.
 
     command = resolve(["experiments.train", "--config=configs/train_tiny.py"])     # validated by the command itself
-    name, text = launch_targets.emit(command, "gcloud", parse_slice("v5e:4x4"), launch_targets.Options())
-    code = launch_local.run(command, processes=2, devices=4)
+    name, text = targets.emit(command, "gcloud", parse_slice("v5e:4x4"), targets.Options())
+    code = local.run(command, processes=2, devices=4)
 
-This module knows slices and commands; `launch_targets` writes the text for each kind of machine,
-`launch_local` starts processes here. Nothing talks to a cloud: what the text runs is the reader's to start.
+`experiments.launching.targets` writes the text for each kind of machine, `experiments.launching.local` starts processes
+here. Nothing talks to a cloud: the reader starts the text, or not.
 Every target runs one process a host, and the processes find each other through `train.join_processes`.
 """
 
@@ -17,15 +17,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from experiments.common.commands import WITH_CONFIG
+from experiments.common.paths import ROOT
 from kvattn.errors import UserError
 from sharding import ShardingError
 from sharding.compiler import topology
 from sharding.cost.hardware import CHIPS
 
-ROOT = Path(__file__).parents[2]
 JOINT = ("experiments.train", "experiments.uptrain")  # the commands whose processes work together
 GPUS = ("H100", "H200")
 GPUS_PER_NODE = 8  # HGX H100 and H200 boards, the DGX and cloud 8-GPU machines
@@ -33,7 +32,7 @@ GPUS_PER_NODE = 8  # HGX H100 and H200 boards, the DGX and cloud 8-GPU machines
 
 @dataclasses.dataclass(frozen=True)
 class _Tpu:
-    """How Google names a TPU. `counts` is what the number in an accelerator type counts per chip:
+    """Google's names of a TPU. `counts`: units per chip in the number of an accelerator type,
     TensorCores (2) or chips (1); `runtime` "" = the Cloud TPU API does not serve it; `largest` is the largest
     slice to rent, in chips (`sharding.compiler.topology` compiles for larger ones too)."""
 
@@ -95,7 +94,7 @@ class Slice:
 
     @property
     def is_default_shape(self) -> bool:
-        """Whether the accelerator type alone gives this topology (the most cubic one of that many chips)."""
+        """The accelerator type alone gives this topology: the most cubic of that many chips."""
         if len(self.shape) == 2:
             return True
         n = self.chips

@@ -1,4 +1,4 @@
-"""What to hand to each kind of machine so that it runs an experiment: one script or manifest a target.
+"""Writes the script or manifest that makes a kind of machine run an experiment: one file a target.
 
     name, text = emit(command, "gke", parse_slice("v5p:2x2x4"), Options(image="REGION-docker.pkg.dev/..."))
 
@@ -23,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.launching.command import ROOT, TPUS, Command, Slice, check_fits, near
+from experiments.common.paths import ROOT
+from experiments.launching.command import TPUS, Command, Slice, check_fits, near
 from kvattn.errors import UserError
 
 PYTHON = ".venv/bin/python"  # what scripts/setup.sh makes

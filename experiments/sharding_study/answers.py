@@ -25,7 +25,7 @@ _FIRST_FINDINGS = 6
 
 
 def predict(cfg: Experiment, cell: Cell) -> list[dict[str, Any]]:
-    """The `predicted` records of a cell, best first, then those that do not fit, and its `planned` record."""
+    """The `predicted` records of a cell (fitting layouts best first, then the rest), and its `planned` record."""
     s = cfg.sharding_study
     model, notes = cell.padded
     p = plan.plan(
@@ -71,7 +71,7 @@ def predict(cfg: Experiment, cell: Cell) -> list[dict[str, Any]]:
 
 
 def compiled(cfg: Experiment, cell: Cell, row: dict[str, Any], compiler: Compiler) -> dict[str, Any]:
-    """What the TPU compiler says of one row, or its failure."""
+    """Asks the TPU compiler about one row: its report as a record, or its failure."""
     layout, mesh, overlap = row["layout"], tuple(row["mesh"]), cfg.sharding_study.overlap
     try:
         slice_ = topology.parse_slice(cell.slice)
@@ -83,7 +83,7 @@ def compiled(cfg: Experiment, cell: Cell, row: dict[str, Any], compiler: Compile
         return {"failure": why, "failure_kind": "error"}
     p = cell.predict(layout, mesh)
     wanted = program_lib.expectations(cell.padded[0], cell.row.cache, p, cell.batch, cell.context, overlap)
-    got = compiler.compile(program_lib.TARGET, cell.job(layout, overlap), cell.slice, mesh, expectations=wanted)
+    got = compiler.compile(program_lib.TARGET, cell.arguments(layout, overlap), cell.slice, mesh, expectations=wanted)
     if not isinstance(got, CompiledReport):
         sizes = {"needed_bytes": got.needed_bytes, "available_bytes": got.available_bytes}
         return {"failure": got.reason, "failure_kind": got.kind, **sizes}
@@ -123,39 +123,39 @@ class Cuts(Child):
         env = here | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": import_paths()}
         super().__init__("experiments.sharding_study.cut", env=env, quiet=True)
 
-    def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The measurement of the cut of `job`, or {"failure": one sentence}."""
+    def run(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The measurement of the cut of `arguments`, or {"failure": one sentence}."""
         try:
-            return self.ask("measure", job=job)
+            return self.ask("measure", arguments=arguments)
         except ChildError as error:
             return {"failure": f"the process with fake devices: {error}"}
 
 
 def is_slice(cell: Cell) -> bool:
-    """Whether this process runs on the very slice of the cell."""
+    """This process runs on the very slice of the cell."""
     found = of_device(jax.devices()[0])
     devices = cell.chips * CHIPS[cell.chip].devices_per_chip
     return found is not None and found.name == cell.chip and jax.device_count() == devices
 
 
 def measured_key(cfg: Experiment, cell: Cell, row: dict[str, Any]) -> str:
-    """What a measurement is of: the cell and row, or, on fake devices, the cut, which many rows share."""
+    """Names the thing measured: the cell and row, or, on fake devices, the cut, which many rows share."""
     if is_slice(cell):
         return json.dumps([cell.id, row["layout"], row["mesh"]])
-    job = {**cell.job(row["layout"], cfg.sharding_study.overlap), "mesh": row["mesh"]}
-    return json.dumps([cut_lib.cut(job)], sort_keys=True)
+    arguments = {**cell.arguments(row["layout"], cfg.sharding_study.overlap), "mesh": row["mesh"]}
+    return json.dumps([cut_lib.cut(arguments)], sort_keys=True)
 
 
 def measured(cfg: Experiment, cell: Cell, row: dict[str, Any], cuts: Cuts) -> dict[str, Any]:
     """Milliseconds of the true program where its slice is, of a small cut on fake CPU devices elsewhere."""
-    job = cell.job(row["layout"], cfg.sharding_study.overlap)
+    arguments = cell.arguments(row["layout"], cfg.sharding_study.overlap)
     if not is_slice(cell):
         what = f"cut on {cut_lib.FAKE_DEVICES} fake CPU devices"
-        return {"what": what, **cuts.run({**job, "mesh": row["mesh"]})}
+        return {"what": what, **cuts.run({**arguments, "mesh": row["mesh"]})}
     types = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh(tuple(row["mesh"]), layouts.AXES, axis_types=types)
     try:
-        seconds = program_lib.measure(program_lib.program(mesh, **job))
+        seconds = program_lib.measure(program_lib.program(mesh, **arguments))
     except (jax.errors.JaxRuntimeError, UserError, ShardingError) as error:
         return {"failure": " ".join(str(error).split())[:400]}
     return {"what": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "milliseconds": 1e3 * seconds}

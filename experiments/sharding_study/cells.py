@@ -58,9 +58,9 @@ class Cell:
         """N of the 2N FLOPs per token in MFU: without padding."""
         return spec.count(model_lib.param_specs(dataclasses.replace(self.row.model, scan_layers=False)))
 
-    def job(self, layout: str, overlap: str) -> dict[str, Any]:
+    def arguments(self, layout: str, overlap: str) -> dict[str, Any]:
         """Keyword arguments of `program.program`."""
-        job = {
+        arguments = {
             "model": dataclasses.asdict(self.row.model),
             "cache": dataclasses.asdict(self.row.cache),
             "layout": layout,
@@ -71,7 +71,7 @@ class Cell:
             "weights": self.weights,
             "overlap": overlap,
         }
-        return json.loads(json.dumps(job))
+        return json.loads(json.dumps(arguments))
 
     def predict(self, layout: str, mesh: tuple[int, int, int]) -> cost.Prediction:
         """The cost model on the padded model; `counted_params` without the padding."""

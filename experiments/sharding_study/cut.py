@@ -1,7 +1,7 @@
 """A small cut of a model, really run on 8 fake CPU devices, in a process of its own.
 
-`python -m experiments.sharding_study.cut` is a child (experiments/common/child.py): its request `measure` takes a job,
-the arguments of `program.program` and `mesh`, builds the cut, runs it, and answers milliseconds and how far its logits
+`python -m experiments.sharding_study.cut` is a child (experiments/common/child.py): its request `measure` takes the
+arguments of `program.program` and a `mesh`, builds the cut, runs it, and answers milliseconds and how far its logits
 are from those of the unsharded model.
 """
 
@@ -27,10 +27,10 @@ FAKE_DEVICES = 8
 CUT_CONTEXT = 64
 
 
-def cut(job: dict) -> tuple[dict, tuple[int, int, int]]:
-    """(job of a small model, mesh of at most 8) that keeps what a layout depends on: the ratio of query to K/V heads,
-    cross-layer sharing, masks, block and mesh axes. `job`: the arguments of `program` and `mesh`."""
-    cfg = config_lib.from_config_dict(job["model"], ModelConfig)
+def cut(arguments: dict) -> tuple[dict, tuple[int, int, int]]:
+    """(arguments of a small model, mesh of at most 8) that keep all that a layout depends on: the ratio of query to K/V
+    heads, cross-layer sharing, masks, block and mesh axes. `arguments`: those of `program.program`, and `mesh`."""
+    cfg = config_lib.from_config_dict(arguments["model"], ModelConfig)
     k, v = (n if n <= FAKE_DEVICES else math.gcd(n, FAKE_DEVICES) for n in (cfg.n_k_heads, cfg.n_v_heads))
     heads = math.lcm(FAKE_DEVICES, k, v)
     k, v = (heads if n == cfg.n_heads > 1 else m for n, m in ((cfg.n_k_heads, k), (cfg.n_v_heads, v)))
@@ -54,31 +54,31 @@ def cut(job: dict) -> tuple[dict, tuple[int, int, int]]:
         masks=tuple(dataclasses.replace(m, window=min(m.window, 24), sinks=min(m.sinks, 8)) for m in cfg.masks),
         scan_layers=False,
     )
-    mesh = list(job["mesh"])
+    mesh = list(arguments["mesh"])
     while math.prod(mesh) > FAKE_DEVICES:
         widest = max(range(3), key=lambda i: mesh[i])
         mesh[widest] = mesh[widest] // 2 if mesh[widest] % 2 == 0 else 1
-    batch = job["batch"] if job["batch"] <= 16 else math.gcd(job["batch"], 16)
-    weights = "float32" if job["weights"] == "bfloat16" else job["weights"]
+    batch = arguments["batch"] if arguments["batch"] <= 16 else math.gcd(arguments["batch"], 16)
+    weights = "float32" if arguments["weights"] == "bfloat16" else arguments["weights"]
     smaller = {
         "model": dataclasses.asdict(small),
-        "cache": {**job["cache"], "dtype": "float32", "capacity": 0},
-        "layout": job["layout"],
-        "phase": job["phase"],
+        "cache": {**arguments["cache"], "dtype": "float32", "capacity": 0},
+        "layout": arguments["layout"],
+        "phase": arguments["phase"],
         "batch": batch,
         "context": CUT_CONTEXT,
         "tokens": 0,
         "weights": weights,
-        "overlap": job["overlap"],
+        "overlap": arguments["overlap"],
     }
     return json.loads(json.dumps(smaller)), tuple(mesh)
 
 
-def measure_cut(job: dict) -> dict:
-    """Builds and runs the cut of `job`: {milliseconds, worst: largest difference of a logit from the unsharded
+def measure_cut(arguments: dict) -> dict:
+    """Builds and runs the cut of `arguments`: {milliseconds, worst: largest difference of a logit from the unsharded
     model's, relative to the largest logit, mesh, batch, context, layers}. In float32; with int8 weights activations are
     bfloat16, whose rounding is then most of `worst`."""
-    small, shape = cut(job)
+    small, shape = cut(arguments)
     cfg = config_lib.from_config_dict(small["model"], ModelConfig)
     store = config_lib.from_config_dict(small["cache"], CacheConfig)
     types = (jax.sharding.AxisType.Auto,) * 3
@@ -114,10 +114,10 @@ def measure_cut(job: dict) -> dict:
     }
 
 
-def measure(job: dict) -> dict:
+def measure(arguments: dict) -> dict:
     """measure_cut, or {"failure": one sentence}: a row that does not run is an answer, and the study goes on."""
     try:
-        return measure_cut(job)
+        return measure_cut(arguments)
     except Exception as error:
         return {"failure": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
 

@@ -81,8 +81,7 @@ def program(
 
 
 def scanned(cfg: ModelConfig, phase: str) -> bool:
-    """Whether the layers of a prefill repeat, so that it can be compiled as a scan over them (in seconds, not
-    minutes)."""
+    """The layers of a prefill repeat: it is compiled as a scan over them, in seconds, not minutes."""
     if phase != "prefill":
         return False
     try:
@@ -92,9 +91,9 @@ def scanned(cfg: ModelConfig, phase: str) -> bool:
 
 
 def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: int, context: int, overlap: str):
-    """What the doctor holds a compiled pass of `cfg` (padded) against: in decode the cache arrays of one chip, which
-    a prefill writes as a whole, and, for the written-out collectives (overlap none), those that the cost model
-    predicts. Gathered weights are not checked by axis: the model counts one gather, the program one for each dim."""
+    """The doctor's expectations of a compiled pass of `cfg` (padded): in decode the cache arrays of one chip, which a
+    prefill writes as a whole, and, with overlap none, the collectives that the cost model predicts. Gathered weights
+    are not checked by axis: the model counts one gather, the program one for each dim."""
     mesh = dict(prediction.mesh)
     table = layouts.rules(
         prediction.layout,

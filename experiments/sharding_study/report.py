@@ -1,4 +1,4 @@
-"""What a sharding study leaves for people: report.md, the plots and the console table, made from its records alone."""
+"""Report of a sharding study for people: report.md, the plots and the console table, from its records alone."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""results.jsonl of a sharding study: a first line with what all rows share, then a line an answer."""
+"""Results of a sharding study on disk: the journal results.jsonl, its first line the settings that all rows share."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""The sharding study: how should a model be laid out on a slice, and what does a pass cost? Four answers side by side.
+"""Runs the sharding study: layouts of a model on a slice and the cost of a pass, four answers side by side.
 
     predicted   every layout on its best mesh and on the paper's: sharding.cost.prediction, by kvattn.plan
     compiled    the best of each cell (or all): memory, collectives and estimated time by the real TPU compiler, which

@@ -10,7 +10,7 @@ from experiments.study.results import Results
 from kvattn.config import VariantConfig
 
 
-class Show:
+class Progress:
     """A spinner with what runs now on a terminal; elsewhere a line now and then. Finished phases always print."""
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""What a study leaves for people: the table, report.md and pareto.png, made from its records alone."""
+"""Report of a study for people: the table, report.md and pareto.png, made from its records alone."""
 
 import math
 import pathlib
@@ -73,7 +73,7 @@ def rows_of(cfg: Experiment, records: list[dict[str, Any]], workdir: pathlib.Pat
 
 
 def nll_path(cfg: Experiment, workdir: pathlib.Path, phase: str, row: str) -> pathlib.Path:
-    """Where the per-token losses of a phase are kept; those after training carry the number of steps."""
+    """The file of a phase's per-token losses; after training its name carries the number of steps."""
     suffix = f"-{cfg.train.steps}" if phase == "after" else ""
     return workdir / "nll" / f"{row + '.' if row else ''}{phase}{suffix}.npy"
 

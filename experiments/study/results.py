@@ -75,5 +75,5 @@ class Results:
 
 
 def row_dir(cfg: Experiment, row: VariantConfig) -> pathlib.Path:
-    """Where a row trains; other numbers of steps train elsewhere."""
+    """The folder in which a row trains; another number of steps trains elsewhere."""
     return pathlib.Path(cfg.workdir) / "rows" / f"{row.name}-{cfg.train.steps}"

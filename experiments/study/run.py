@@ -1,6 +1,6 @@
-"""The study: what each attention variant costs in quality and saves in cache bytes and decode time.
+"""Runs the study: the cost of each attention variant in quality, its savings in cache bytes and decode time.
 
-    reference -> before, of every row -> after, of every row      (experiments/study/lab.py)
+    reference -> before, of every row -> after, of every row      (experiments/study/phases.py)
 
 Every `before` comes first, so all rows show up early. A finished phase is one line of results.jsonl and, with
 it, a fresh report.md and pareto.png; a killed study goes on after its last line, and inside a training after
@@ -13,8 +13,8 @@ from typing import Any
 
 from experiments.common import machine
 from experiments.study import report as study_report
-from experiments.study.lab import Lab
-from experiments.study.progress import Show
+from experiments.study.phases import Phases
+from experiments.study.progress import Progress
 from experiments.study.results import Results
 from kvattn.config import Experiment, VariantConfig
 from kvattn.errors import UserError
@@ -28,13 +28,13 @@ def run(cfg: Experiment) -> list[dict[str, Any]]:
     during training ends in KeyboardInterrupt with everything finished on disk.
     """
     _check(cfg)
-    results, show = Results(cfg), Show()
+    results, show = Results(cfg), Progress()
     todo = [(phase, row) for phase, row in _phases(cfg) if not results.has(phase, row)]
     if todo:
-        lab = Lab(cfg, results, show)
+        phases = Phases(cfg, results, show)
         for phase, row in todo:
             began = time.perf_counter()
-            record = {"reference": lab.reference, "before": lab.before, "after": lab.after}[phase](row)
+            record = {"reference": phases.reference, "before": phases.before, "after": phases.after}[phase](row)
             record |= {"seconds": round(time.perf_counter() - began, 1), "date": machine.now()}
             results.add(phase, row, record)
             show.done(phase, row, record)

@@ -36,7 +36,7 @@ class Address:
         """S of a leaf that holds `held` slots (or tokens a page)."""
         return held
 
-    def positions(self, slots: int) -> jax.Array:
+    def positions(self, held: int) -> jax.Array:
         """Position of the token in each slot, [B, 1 | K, S] int32, -1 where there is none."""
         raise NotImplementedError
 
@@ -71,8 +71,8 @@ def _start(slots: int) -> jax.Array | None:
 class Full(Address):
     """Slot = position."""
 
-    def positions(self, slots):
-        return _of_slots(self, slots, 0, 0)
+    def positions(self, held):
+        return _of_slots(self, held, 0, 0)
 
     def place(self, positions, slots):
         return None, _own_slots(positions, positions >= 0, slots)
@@ -92,8 +92,8 @@ class Ring(Address):
     def overwrites(self):
         return True
 
-    def positions(self, slots):
-        return _of_slots(self, slots, self.size, self.sinks)
+    def positions(self, held):
+        return _of_slots(self, held, self.size, self.sinks)
 
     def place(self, positions, slots):
         length = self.advanced(positions, slots).length
@@ -133,8 +133,8 @@ class Paged(Address):
     def slots(self, held):
         return self.page * self.table.shape[1]
 
-    def positions(self, slots):
-        slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+    def positions(self, held):
+        slot = jnp.arange(self.slots(held), dtype=jnp.int32)[None, :]
         return key_positions(slot, self.length[:, None])[:, None, :]
 
     def place(self, positions, slots):
@@ -181,7 +181,7 @@ class Kept(Address):
     def slots(self, held):
         return self.held.shape[2]
 
-    def positions(self, slots):
+    def positions(self, held):
         return self.held
 
     def _new_slots(self, positions):

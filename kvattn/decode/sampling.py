@@ -1,7 +1,7 @@
 """Choosing the next token: greedy, temperature, top-k, top-p (nucleus), min-p, one seed per sample.
 
-A sample's draw depends on its own seed, its own logits and how many tokens it has written, never on its
-batch neighbours: the noise of row b at step t comes from `fold_in(key(seed[b]), t)`.
+A sample's draw depends on its own seed, its own logits and how many tokens it has drawn, never on its batch
+neighbours: the noise of row b after step[b] tokens comes from `fold_in(key(seed[b]), step[b])`.
 
 The filters need no sort. "Keep the k best" and "keep the smallest set holding probability p" are both "keep
 every token at least as probable as a threshold", and the threshold is found exactly by bisection on the bit
@@ -69,27 +69,28 @@ def create(cfg: DecodeConfig, batch: int, seeds: Sequence[int] | None = None) ->
 def check(cfg: DecodeConfig) -> None:
     """Raises UserError for a sampling field outside its range."""
     if not cfg.temperature >= 0.0:
-        raise UserError(f"config.decode.temperature is {cfg.temperature}; it must be at least 0 (0 = greedy).")
+        raise UserError(f"decode.temperature is {cfg.temperature}; it must be at least 0 (0 = greedy).")
     if cfg.top_k < 0:
-        raise UserError(f"config.decode.top_k is {cfg.top_k}; it must be at least 0 (0 = off).")
+        raise UserError(f"decode.top_k is {cfg.top_k}; it must be at least 0 (0 = off).")
     if not 0.0 < cfg.top_p <= 1.0:
-        raise UserError(f"config.decode.top_p is {cfg.top_p}; it must be in (0, 1] (1 = off).")
+        raise UserError(f"decode.top_p is {cfg.top_p}; it must be in (0, 1] (1 = off).")
     if not 0.0 <= cfg.min_p < 1.0:
-        raise UserError(f"config.decode.min_p is {cfg.min_p}; it must be in [0, 1) (0 = off).")
+        raise UserError(f"decode.min_p is {cfg.min_p}; it must be in [0, 1) (0 = off).")
 
 
 def sample(logits: jax.Array, sampler: Sampler, step: jax.Array) -> jax.Array:
-    """The next token of every row: logits[B,W] f32, step scalar i32 (tokens written so far) -> [B] i32."""
+    """The next token of every row: logits[B,W] f32, step [B] or scalar i32 (tokens it has drawn so far) -> [B] i32."""
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if sampler.greedy:
         return best
     scores = filter_logits(logits, sampler) if sampler.filtered else _tempered(logits, sampler)
 
-    def noise(seed):
+    def noise(seed, step):
         key = jax.random.fold_in(jax.random.key(seed), step)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
-    drawn = jnp.argmax(scores + jax.vmap(noise)(sampler.seed), axis=-1).astype(jnp.int32)
+    step = jnp.broadcast_to(step, sampler.seed.shape)
+    drawn = jnp.argmax(scores + jax.vmap(noise)(sampler.seed, step), axis=-1).astype(jnp.int32)
     return jnp.where(sampler.temperature > 0.0, drawn, best)
 
 

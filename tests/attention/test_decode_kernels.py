@@ -66,7 +66,7 @@ def decoded(params, cfg, store, tokens, sizes, dtype):
 
     @functools.partial(jax.jit, static_argnames="fresh")
     def run(caches, part, where, fresh):
-        result, caches = model.forward(params, cfg, model.Inputs(part, where, fresh=fresh), caches=caches)
+        result, caches = model.forward(params, cfg, model.Inputs(part, where, empty=fresh), caches=caches)
         return result.logits, caches
 
     for size in (PROMPT, *sizes):
@@ -102,7 +102,7 @@ def test_the_kernel_is_what_runs():
     params, caches = lively(cfg), cache.create(cfg, FULL, 2, 120)
 
     def calls(cfg, length, fresh=False):
-        inputs = model.Inputs(jnp.zeros((2, length), jnp.int32), fresh=fresh)
+        inputs = model.Inputs(jnp.zeros((2, length), jnp.int32), empty=fresh)
         with target.of("tpu", interpret=True):
             made = jax.make_jaxpr(lambda c: model.forward(params, cfg, inputs, caches=c))(caches)
         return str(made).count("pallas_call")

@@ -52,7 +52,7 @@ def held(kernel, store):
     """(model, abstract caches, bytes of K and V, of the smallest leaf's values)."""
     cfg = config.from_config_dict({**MODEL, "decode_kernel": kernel}, ModelConfig)
     caches = cache.specs(cfg, config.from_config_dict(store, CacheConfig), BATCH, CAPACITY)
-    leaves = [leaf for leaf in jax.tree.leaves([c.entries for c in caches]) if leaf.ndim == 4]
+    leaves = [leaf for leaf in jax.tree.leaves([c.leaves for c in caches]) if leaf.ndim == 4]
     return cfg, caches, cache.nbytes(caches), min(leaf.size for leaf in leaves)
 
 

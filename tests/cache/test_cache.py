@@ -8,20 +8,24 @@ import numpy as np
 import pytest
 
 from kvattn import cache
-from kvattn.cache.base import ROW_WRITES, Cache
+from kvattn.cache import Cache, Full, Ring
+from kvattn.cache.write import ROW_WRITES
 from kvattn.config import CacheConfig, MaskConfig
 from kvattn.errors import UserError
+from pallas_kernels import Leaf
 from tests.helpers import tiny
 
 
 def _empty(rows, slots, ring=0, sinks=0, dtype=jnp.float32):
     leaves = {"k": jnp.zeros((rows, 3, slots, 2), dtype), "v": jnp.zeros((rows, 1, slots, 5), dtype)}
-    return Cache(leaves, jnp.zeros((rows,), jnp.int32), ring, sinks)
+    length = jnp.zeros((rows,), jnp.int32)
+    leaves = {name: Leaf(x) for name, x in leaves.items()}
+    return Cache(leaves, {}, Ring(length, ring, sinks) if ring else Full(length))
 
 
 def _entries(rng, rows, count):
     shapes = {"k": (rows, 3, count, 2), "v": (rows, 1, count, 5)}
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: jnp.asarray(rng.standard_normal(shape).astype(np.float32)) for name, shape in shapes.items()}
 
 
 @hypothesis.settings(max_examples=25, deadline=None)
@@ -46,8 +50,10 @@ def test_a_cache_holds_what_a_list_would(seed, ring, sinks, chunks, rows):
                 if rng.random() < 0.7:
                     positions[b, t] = len(history[b])
                     history[b].append({name: new[name][b, :, t] for name in new})
-        held = cache.append(held, {n: jnp.asarray(x) for n, x in new.items()}, jnp.asarray(positions))
-    entries, positions, valid = jax.tree.map(np.asarray, cache.read(held))
+        held = cache.append(held, new, jnp.asarray(positions))
+    entries, positions = jax.tree.map(np.asarray, cache.read(held))
+    entries, positions = {name: leaf.values for name, leaf in entries.items()}, positions[:, 0]
+    valid = positions >= 0
     for b in range(rows):
         n = len(history[b])
         want = [p for p in range(n) if not ring or p < sinks or p >= n - ring]
@@ -64,9 +70,9 @@ def test_hand_checked_ring():
     for p in range(6):
         entries = {"k": jnp.full((1, 3, 1, 2), values[p]), "v": jnp.full((1, 1, 1, 5), values[p])}
         held = cache.append(held, entries, jnp.full((1, 1), p, jnp.int32))
-    _, positions, valid = cache.read(held)
-    assert positions[0].tolist() == [0, 4, 5, 3] and valid.all()
-    assert held.entries["v"][0, 0, :, 0].tolist() == [0, 4, 5, 3]
+    _, positions = cache.read(held)
+    assert positions[0, 0].tolist() == [0, 4, 5, 3]
+    assert held.leaves["v"].values[0, 0, :, 0].tolist() == [0, 4, 5, 3]
 
 
 def test_a_full_cache_drops_what_does_not_fit_and_keeps_the_rest():
@@ -76,7 +82,7 @@ def test_a_full_cache_drops_what_does_not_fit_and_keeps_the_rest():
     held = cache.append(held, first, jnp.arange(3, dtype=jnp.int32)[None])
     after = cache.append(held, _entries(rng, 1, 1), jnp.full((1, 1), 3, jnp.int32))
     for name in first:
-        np.testing.assert_array_equal(after.entries[name], first[name])
+        np.testing.assert_array_equal(after.leaves[name].values, first[name])
 
 
 def test_layout_covers_the_widest_reader():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from kvattn import cache, model
-from kvattn.cache import paged, quantized
+from kvattn.cache import LeafSpec, address, encode
+from kvattn.cache.allocator import Allocator, OutOfPages
 from kvattn.config import CacheConfig, DecodeConfig, MaskConfig
 from kvattn.decode import generation as decode
 from kvattn.errors import UserError
@@ -37,7 +38,7 @@ def _params():
 
 @functools.partial(jax.jit, static_argnames="fresh")
 def _pass(params, tokens, positions, caches, fresh):
-    out, caches = model.forward(params, CFG, model.Inputs(tokens, positions, fresh=fresh), caches=caches)
+    out, caches = model.forward(params, CFG, model.Inputs(tokens, positions, empty=fresh), caches=caches)
     return out.logits, caches
 
 
@@ -73,7 +74,7 @@ def shuffled(caches, rng):
     """The same caches (empty) with their pages handed out in another order."""
     pages = owners(caches)[0].table.size
     order = rng.permutation(np.arange(1, pages + 1)).reshape(owners(caches)[0].table.shape).astype(np.int32)
-    return paged.apply(caches, order, np.zeros(len(order)))
+    return cache.apply_pages(caches, order, np.zeros(len(order)))
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -97,19 +98,19 @@ def test_what_lies_in_unused_pages_and_slots_never_matters(name, rng):
             noise = rng.uniform(-100, 100, x.shape).astype(np.float32)
             return jnp.asarray(noise).astype(x.dtype)
 
-        return tuple(c and c.replace(entries=jax.tree.map(litter, c.entries)) for c in caches)
+        return tuple(c and c.replace(leaves=jax.tree.map(litter, c.leaves)) for c in caches)
 
     want, _ = run(caches, tokens, 20, 30)
     got, after = run(littered(cache.create(CFG, STORES[name], 2, 48, tokens=[30, 30])), tokens, 20, 30)
     np.testing.assert_array_equal(got, want)
     # ... and is never written: page 0, the pages of nobody, and what padding rows could have touched.
     before = littered(cache.create(CFG, STORES[name], 2, 48, tokens=[30, 30]))
-    held = [np.asarray(x).astype(np.float32) for x in jax.tree.leaves([c.entries for c in owners(before)])]
+    held = [np.asarray(x).astype(np.float32) for x in jax.tree.leaves([c.leaves for c in owners(before)])]
     positions = jnp.asarray([[30, 31, 32, 40], [-1, 47, 48, 100]], jnp.int32)  # 32 and on have no page
     _, after = _forward(tokens[:, :4], positions, before)
-    leaves = jax.tree.leaves([c.entries for c in owners(after)])
+    leaves = jax.tree.leaves([c.leaves for c in owners(after)])
     for was, now, c in zip(held, leaves, _owner_of_leaf(after), strict=True):
-        used = np.asarray(c.table)[0, :2]
+        used = np.asarray(c.address.table)[0, :2]
         others = np.setdiff1d(np.arange(len(was)), used)
         np.testing.assert_array_equal(np.asarray(now).astype(np.float32)[others], was[others])
         assert (np.asarray(now).astype(np.float32)[used[1], ..., -1] != was[used[1], ..., -1]).any()
@@ -117,7 +118,7 @@ def test_what_lies_in_unused_pages_and_slots_never_matters(name, rng):
 
 
 def _owner_of_leaf(caches):
-    return [c for c in owners(caches) for _ in jax.tree.leaves(c.entries)]
+    return [c for c in owners(caches) for _ in jax.tree.leaves(c.leaves)]
 
 
 @pytest.mark.parametrize("name", STORES)
@@ -130,10 +131,10 @@ def test_a_fork_shares_pages_and_neither_branch_sees_the_other(name, length, rng
     alone = contiguous(store, 2, 64)
     _, alone = _forward(tokens[:, :length], at([0, 0], length), alone, fresh=True)
 
-    allocator = paged.Allocator(7, P)
+    allocator = Allocator(7, P)
     caches = cache.create(CFG, store, 2, 64, tokens=[0, 0])
     allocator.allocate({0: 50})
-    caches = paged.apply(caches, allocator.table(2, 4), [0, 0])
+    caches = cache.apply_pages(caches, allocator.table(2, 4), [0, 0])
     first = np.full((2, length), -1, np.int32)
     first[0] = np.arange(length)
     _, caches = _forward(tokens[:, :length], jnp.asarray(first), caches, fresh=True)
@@ -143,7 +144,7 @@ def test_a_fork_shares_pages_and_neither_branch_sees_the_other(name, length, rng
     assert allocator.rows[0][:full] == allocator.rows[1][:full] and not set(allocator.rows[0][full:]) & set(
         allocator.rows[1][full:]
     )
-    caches = paged.apply(caches, allocator.table(2, 4), [length, length], copies)
+    caches = cache.apply_pages(caches, allocator.table(2, 4), [length, length], copies)
     for t in range(length, 50):
         want, alone = _forward(tokens[:, t : t + 1], at([t, t], 1), alone)
         got, caches = _forward(tokens[:, t : t + 1], at([t, t], 1), caches)
@@ -155,9 +156,9 @@ def test_a_published_prefix_is_reused():
     tokens = tokens_of(CFG, rows=2, length=44)
     tokens[1, :37] = tokens[0, :37]
     want, _ = run(cache.create(CFG, STORES["int8"], 2, 48), tokens, 40, 44)
-    allocator = paged.Allocator(6, P)
+    allocator = Allocator(6, P)
     allocator.allocate({0: 44})
-    caches = paged.apply(cache.create(CFG, STORES["int8"], 2, 48, tokens=[0, 0]), allocator.table(2, 3), [0, 0])
+    caches = cache.apply_pages(cache.create(CFG, STORES["int8"], 2, 48, tokens=[0, 0]), allocator.table(2, 3), [0, 0])
     first = np.stack([np.arange(40), np.full(40, -1)]).astype(np.int32)
     _, caches = _forward(tokens[:, :40], jnp.asarray(first), caches, fresh=True)
     allocator.publish(0, tokens[0, :40].tolist())
@@ -170,7 +171,7 @@ def test_a_published_prefix_is_reused():
     assert known == 32
     allocator.allocate({1: 44})
     assert allocator.free == 2
-    caches = paged.apply(caches, allocator.table(2, 3), [40, known])
+    caches = cache.apply_pages(caches, allocator.table(2, 3), [40, known])
     rest = np.stack([np.full(8, -1), np.arange(32, 40)]).astype(np.int32)
     _, caches = _forward(tokens[:, 32:40], jnp.asarray(rest), caches)
     for t in range(40, 44):
@@ -216,7 +217,7 @@ _STEPS = st.lists(
 @hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(pages=st.integers(1, 12), steps=_STEPS)
 def test_no_page_is_lost_or_given_twice(pages, steps):
-    allocator, known = paged.Allocator(pages, P), {}
+    allocator, known = Allocator(pages, P), {}
     for what, row, other, tokens in steps:
         before, free = allocator.rows, allocator.free
         try:
@@ -242,13 +243,13 @@ def test_no_page_is_lost_or_given_twice(pages, steps):
         except UserError as error:
             assert "\n" not in str(error)
             assert allocator.rows == before and allocator.free == free  # all or nothing
-            if isinstance(error, paged.OutOfPages):
+            if isinstance(error, OutOfPages):
                 assert what != "release"
         invariants(allocator, known)
 
 
 def test_a_shared_page_is_free_when_nobody_has_it():
-    allocator = paged.Allocator(3, P)
+    allocator = Allocator(3, P)
     allocator.allocate({0: 40})
     allocator.release(0)
     allocator.allocate({0: 33})
@@ -263,7 +264,7 @@ def test_a_shared_page_is_free_when_nobody_has_it():
 
 def test_a_prefix_is_its_tokens_and_all_before_them():
     """Two rows whose second pages hold the same tokens after different first pages."""
-    allocator, one = paged.Allocator(4, P), list(range(32))
+    allocator, one = Allocator(4, P), list(range(32))
     other = [99, *one[1:]]
     allocator.allocate({0: 32, 1: 32})
     allocator.publish(0, one)
@@ -274,9 +275,9 @@ def test_a_prefix_is_its_tokens_and_all_before_them():
 
 
 def test_out_of_pages_is_said_before_anything_is_written():
-    allocator = paged.Allocator(4, P)
+    allocator = Allocator(4, P)
     allocator.allocate({0: 33})
-    with pytest.raises(paged.OutOfPages, match="2 pages of 16 tokens are needed and 1 of cache.pages = 4 are free"):
+    with pytest.raises(OutOfPages, match="2 pages of 16 tokens are needed and 1 of cache.pages = 4 are free"):
         allocator.allocate({1: 1, 2: 16})
     assert allocator.rows == {0: (1, 2, 3)}
     for wrong in (
@@ -292,7 +293,7 @@ def test_out_of_pages_is_said_before_anything_is_written():
     assert allocator.rows == {0: (1, 2, 3)}
     mixed = cache.create(CFG, CacheConfig(("paged", "full", "full"), page_size=P), 2, 32)
     with pytest.raises(UserError, match="cache.kinds"):
-        paged.apply(mixed, np.ones((2, 2), np.int32), [0, 0], [(1, 2)])
+        cache.apply_pages(mixed, np.ones((2, 2), np.int32), [0, 0], [(1, 2)])
 
 
 # --- generation ------------------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def test_generate_pages_what_each_prompt_needs(monkeypatch):
     )
     assert [[t for r, t in streamed if r == row] for row in range(3)] == want.tokens
     monkeypatch.setattr(decode, "_compiled", lambda *_: pytest.fail("compiled"))
-    with pytest.raises(paged.OutOfPages, match="cache.pages"):
+    with pytest.raises(OutOfPages, match="cache.pages"):
         generate(CacheConfig(("paged",), page_size=P, pages=need - 1), prompts)
 
 
@@ -334,16 +335,16 @@ def test_pools_are_updated_in_place(name):
     params = jax.eval_shape(_params)
     ints = jax.ShapeDtypeStruct((3,), jnp.int32)
     memory = decode.decode_step_jit.lower(params, CFG, ints, ints, caches).compile().memory_analysis()
-    rest = sum(4 * (c.length.size + c.table.size) for c in owners(caches))
+    rest = sum(4 * (c.length.size + c.address.table.size) for c in owners(caches))
     if STORES[name].dtype != "int4" or jax.__version_info__ >= (0, 11):  # older: a byte a code on CPU
         assert memory.alias_size_in_bytes == cache.nbytes(caches) + rest
 
 
 def test_reading_gathers_pages_in_the_tables_order(rng):
-    leaf = quantized.spec(CacheConfig(dtype="int8", layout="lanes"), "k", 5, 2, P, 10, 2)
+    leaf = encode.spec(CacheConfig(dtype="int8", layout="lanes"), LeafSpec((2, 10), role="key"), 5, P, 2)
     pool = jax.tree.map(lambda s: jnp.asarray(rng.integers(0, 99, s.shape)).astype(s.dtype), leaf)
     table = jnp.asarray([[3, 1, 0], [4, 0, 2]], jnp.int32)
-    got = paged.gather(pool, table)
+    got = address.gathered(pool, table)
     for b in range(2):
         for slot in range(3 * P):
             page = int(table[b, slot // P])

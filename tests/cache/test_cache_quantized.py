@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvattn import cache
+from kvattn import cache, model
 from kvattn.attention.core import attend_partial
-from kvattn.cache import quantized
+from kvattn.cache import LeafSpec, encode
 from kvattn.config import CacheConfig, MaskConfig
 from kvattn.errors import UserError
 from pallas_kernels import Leaf, codes
@@ -20,6 +20,7 @@ from tests.helpers.tolerances import F32_OP, close
 
 NAMES = ("int8", "int4", "float8_e4m3fn")
 LAYOUTS = ("rows", "lanes", "v_lanes")
+KEY = LeafSpec((2, 10), role="key")
 WINDOWED = tiny.config(n_k_heads=2, n_v_heads=6, masks=(MaskConfig(window=7, sinks=2),), n_layers=1)
 
 
@@ -28,7 +29,7 @@ def entries_of(rng, batch, count, cfg=WINDOWED):
     sizes = 10.0 ** rng.uniform(-2, 2, (batch, 1, count, 1))
     return {
         name: jnp.asarray((sizes * rng.standard_normal((batch, heads, count, dim))).astype(np.float32))
-        for name, heads, dim in (("k", cfg.n_k_heads, cfg.head_dim), ("v", cfg.n_v_heads, cfg.v_head_dim))
+        for name, heads, dim in ((name, *leaf.shape) for name, leaf in model.leaves(cfg)[0].items())
     }
 
 
@@ -37,7 +38,7 @@ def empty(store, batch=2, capacity=24):
 
 
 def dense(entry):
-    return np.asarray(quantized.decode(entry, jnp.float32))
+    return np.asarray(encode.decode(entry, jnp.float32))
 
 
 def scales_of(x, name):
@@ -73,17 +74,17 @@ def test_values_on_the_grid_come_back_exactly(name, rng):
     x = (grid * 2.0 ** rng.integers(-8, 8, (2, 2, 24, 1))).astype(np.float32)
     new = {"k": jnp.asarray(x), "v": entries_of(rng, 2, 24)["v"]}
     held = cache.append(empty(CacheConfig(dtype=name)), new, jnp.tile(jnp.arange(24)[None], (2, 1)))
-    np.testing.assert_array_equal(dense(held.entries["k"]), x)
-    np.testing.assert_array_equal(np.asarray(held.entries["k"].values).astype(int), grid)
+    np.testing.assert_array_equal(dense(held.leaves["k"]), x)
+    np.testing.assert_array_equal(np.asarray(held.leaves["k"].values).astype(int), grid)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_do_not_depend_on_the_size_of_a_token_and_zero_stays_zero(name, rng):
     x = np.array(entries_of(rng, 2, 6)["k"])
     x[0, 0, 3] = 0
-    leaf = quantized.spec(CacheConfig(dtype=name), "k", 2, 2, 6, 10, 2)
+    leaf = encode.spec(CacheConfig(dtype=name), KEY, 2, 6, 2)
     at, none = jnp.zeros((2, 6), jnp.int32), jnp.zeros((2,), jnp.int32)
-    one, other = (quantized.encode(leaf, jnp.asarray(x * a), at, none) for a in (np.float32(1), np.float32(64)))
+    one, other = (encode.encode(leaf, jnp.asarray(x * a), at, none) for a in (np.float32(1), np.float32(64)))
     some, others = (np.asarray(x.values).astype(np.float32) for x in (one, other))
     np.testing.assert_array_equal(some, others)
     kept = np.abs(x).max(-1) > 0
@@ -134,13 +135,15 @@ def test_a_store_holds_what_a_list_would(store, rng):
     new = entries_of(rng, 2, 20)
     at = jnp.tile(jnp.arange(20)[None], (2, 1))
     held = jax.jit(cache.append)(empty(store), new, at)
-    entries, positions, valid = jax.jit(cache.read)(held)
+    entries, positions = jax.jit(cache.read)(held)
+    positions = positions[:, 0]
+    valid = positions >= 0
     want = [p for p in range(20) if store.kinds != ("ring",) or p < 2 or p >= 13]
     for b in range(2):
         assert sorted(np.asarray(positions)[b][np.asarray(valid)[b]].tolist()) == want
-    alone = quantized.spec(dataclasses.replace(store, layout="rows"), "k", 2, 2, 20, 10, 2)
+    alone = encode.spec(dataclasses.replace(store, layout="rows"), KEY, 2, 20, 2)
     for name in entries:
-        exact = dense(quantized.encode(alone, new[name], at, jnp.zeros((2,), jnp.int32)))
+        exact = dense(encode.encode(alone, new[name], at, jnp.zeros((2,), jnp.int32)))
         for b, slot in zip(*np.nonzero(np.asarray(valid)), strict=True):
             np.testing.assert_array_equal(dense(entries[name])[b, :, slot], exact[b, :, positions[b, slot]])
 
@@ -156,15 +159,15 @@ def test_channel_scales_are_fixed_by_the_first_tokens(name, layout, rng):
     new = entries_of(rng, 2, 6)
     positions = jnp.asarray([[0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3]], jnp.int32)
     held = cache.append(empty(store), new, positions)
-    k, first = np.asarray(new["k"], np.float64), held.entries["k"]
+    k, first = np.asarray(new["k"], np.float64), held.leaves["k"]
     top = np.stack([np.abs(k[0]).max(1), np.abs(k[1, :, 2:]).max(1)])[:, :, None]
-    close(first.scale, top * quantized.HEADROOM / codes.LIMITS[name], F32_OP)
+    close(first.scale, top * encode.HEADROOM / codes.LIMITS[name], F32_OP)
     assert (np.abs(dense(first)[0, :, :6] - k[0]) <= np.asarray(first.scale)[0] / 2 * (1 + 1e-5)).all()
 
     later = {"k": jnp.full((2, 2, 1, 10), 1e6), "v": new["v"][:, :, :1]}
-    after = cache.append(held, later, jnp.asarray([[6], [-1]], jnp.int32)).entries["k"]
+    after = cache.append(held, later, jnp.asarray([[6], [-1]], jnp.int32)).leaves["k"]
     np.testing.assert_array_equal(after.scale, first.scale)
-    close(dense(after)[0, :, 6], top[0, :, 0] * quantized.HEADROOM, F32_OP)
+    close(dense(after)[0, :, 6], top[0, :, 0] * encode.HEADROOM, F32_OP)
     np.testing.assert_array_equal(dense(after)[0, :, :6], dense(first)[0, :, :6])
     np.testing.assert_array_equal(dense(after)[1], dense(first)[1])
 
@@ -177,7 +180,7 @@ def test_channel_scales_help_keys_with_an_outlying_channel(rng):
 
     def error(key_scale):
         held = cache.append(empty(CacheConfig(dtype="int4", key_scale=key_scale)), new, at)
-        return np.abs(dense(held.entries["k"])[:, :, :20] - x)[..., [0, 1, 2, 4, 5, 6, 7, 8, 9]].mean()
+        return np.abs(dense(held.leaves["k"])[:, :, :20] - x)[..., [0, 1, 2, 4, 5, 6, 7, 8, 9]].mean()
 
     assert 5 * error("channel") < error("token")
 
@@ -198,15 +201,17 @@ def test_attention_over_codes_is_attention_over_what_they_mean(store, rng):
     held = cache.append(empty(store), new, jnp.tile(jnp.arange(length, dtype=jnp.int32)[None], (2, 1)))
     q = jnp.asarray(rng.standard_normal((2, 3, 6, 10)).astype(np.float32))
     at = jnp.asarray([[17, 18, 19], [0, 7, -1]], jnp.int32)
-    entries, positions, _ = cache.read(held)
-    mask = (positions[:, None] >= 0) & (positions[:, None] <= at[:, :, None])
-    got = attend_partial(q, *(quantized.cast(entries[n], q.dtype) for n in "kv"), mask, scale=0.3)
+    entries, positions = cache.read(held)
+    mask = (positions[:, :, None] >= 0) & (positions[:, :, None] <= at[:, None, :, None])
+    got = attend_partial(q, *(encode.cast(entries[n], q.dtype) for n in "kv"), mask, scale=0.3)
+    kv = held.address.kv(held.leaves["k"], held.leaves["v"], 0)
+    want = loops.decode_attention(q, kv, at, Options(0.3))
     for part, name in zip(got, ("out", "max", "sum"), strict=True):
-        close(part, getattr(loops.decode_attention(q, cache.kv(held), at, Options(0.3)), name), F32_OP, name)
+        close(part, getattr(want, name), F32_OP, name)
     plain = attend_partial(q, *(jnp.asarray(dense(entries[n])) for n in "kv"), mask, scale=0.3)
     close(got.out, plain.out, F32_OP)
 
-    exact = attend_partial(q, new["k"], new["v"], mask[:, :, :length], scale=0.3)
+    exact = attend_partial(q, new["k"], new["v"], mask[..., :length], scale=0.3)
     if store.dtype != "float8_e4m3fn" and store.key_scale == "token":
         # |logit error| <= |q|_1 max_s / 2, which moves a probability by at most e^(2 error); values move by max_s / 2.
         sk, sv = (scales_of(new[n], store.dtype).max() for n in "kv")
@@ -222,7 +227,7 @@ def test_error_halves_with_each_bit(rng):
     new, at = entries_of(rng, 2, 20), jnp.tile(jnp.arange(20)[None], (2, 1))
     error = {}
     for name in ("int8", "int4"):
-        held = cache.append(empty(CacheConfig(dtype=name)), new, at).entries["k"]
+        held = cache.append(empty(CacheConfig(dtype=name)), new, at).leaves["k"]
         error[name] = (np.abs(dense(held)[:, :, :20] - np.asarray(new["k"])) / scales_of(new["k"], "int8")).mean()
     assert 0.8 < error["int4"] / error["int8"] / (127 / 7) < 1.2
 
@@ -252,7 +257,7 @@ def test_bad_stores_raise(changes, field):
 def test_what_a_model_has_no_leaf_for_raises():
     tied = tiny.CASES["tied_kv"]
     for changes, field in (({"layout": "v_lanes"}, "cache.layout"), ({"key_scale": "channel"}, "cache.key_scale")):
-        with pytest.raises(UserError, match=f"{field}.*tied_kv"):
+        with pytest.raises(UserError, match=f"{field}.*layer 0"):
             cache.create(tied, CacheConfig(dtype="int8", **changes), 1, 8)
 
 

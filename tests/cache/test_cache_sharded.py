@@ -28,7 +28,7 @@ def unsharded(name, store, batch):
     caches = cache.create(MODELS[name], STORES[store], batch, SLOTS)
     forward, out = jax.jit(model.forward, static_argnums=1), []
     for i, (ids, at) in enumerate([(tokens, positions), *steps]):
-        inputs = model.Inputs(jnp.asarray(ids), jnp.asarray(at), fresh=i == 0)
+        inputs = model.Inputs(jnp.asarray(ids), jnp.asarray(at), empty=i == 0)
         got, caches = forward(params, MODELS[name], inputs, caches=caches)
         out.append(np.asarray(got.logits)[np.arange(batch), at.argmax(1)])
     return np.stack(out), jax.device_get(caches)
@@ -72,8 +72,8 @@ def test_codes_are_the_same_on_eight_chips(name, store, layout):
         if held is None:
             continue
         assert np.asarray(got.length).tolist() == held.length.tolist()
-        for leaf in held.entries:
-            one, other = (np.asarray(c.entries[leaf].values).astype(np.float32) for c in (got, held))
+        for leaf in held.leaves:
+            one, other = (np.asarray(c.leaves[leaf].values).astype(np.float32) for c in (got, held))
             assert (one != other).mean() < CODES_STEP.rtol
 
 

@@ -6,8 +6,8 @@ product is counted, legal plus illegal. Stores that hold codes are held against 
 K and V are rounded as the sheet says; that a code has the same bits however it was written: test_cache_quantized.py.
 """
 
-import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kvattn import cache, model
-from kvattn.attention import VARIANTS
+from kvattn.attention import Heads
 from kvattn.config import CacheConfig
 from kvattn.errors import UserError
 from tests.helpers import tiny
@@ -45,10 +45,10 @@ CODES = {"int8": INT8_CACHE, "float8_e4m3fn": FP8_CACHE, "int4": INT4_CACHE}
 
 
 def legal(cfg, store) -> bool:
-    """Written out here, not taken from legality: a ring needs windows everywhere; a scan has no cache; tied keys leave
-    no V to lay along lanes."""
-    ring = store.kinds != ("ring",) or all(m.window for m in cfg.masks)
-    return not cfg.scan_layers and ring and not (cfg.tied_kv and store.layout == "v_lanes")
+    """Written out here, not taken from the library: a ring needs windows everywhere; a scan has no cache; tied keys
+    leave no V to lay along lanes."""
+    ring = store.kinds != ("ring",) or all(layer.mask.window for layer in cfg.layers)
+    return not cfg.scan_layers and ring and not (cfg.attention(0).tied_kv and store.layout == "v_lanes")
 
 
 CELLS = [(n, store) for n in sorted(tiny.CASES) for store in STORES if store in EVERYWHERE or n in MOVING]
@@ -62,7 +62,7 @@ def _every_split(params, cfg, tokens, caches):
     rows, length = tokens.shape
     split = jnp.arange(rows, dtype=jnp.int32)[:, None] + 1
     at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], tokens.shape)
-    prompt = model.Inputs(tokens, jnp.where(at < split, at, -1), fresh=True)
+    prompt = model.Inputs(tokens, jnp.where(at < split, at, -1), empty=True)
     first, caches = model.forward(params, cfg, prompt, caches=caches)
 
     def step(caches, t):
@@ -95,17 +95,15 @@ def rounded(x, dtype):
 def _rounded_case(name, dtype):
     """Logits [T,W] of a forward pass without a cache, K and V rounded."""
     cfg, params, tokens, _ = _case(name)
-    plain = VARIANTS["heads"]
+    plain = Heads.entries
 
     def entries(*args):
-        return {leaf: rounded(x, dtype) for leaf, x in plain.entries(*args).items()}
+        made = plain(*args)
+        return made.replace(entries={leaf: rounded(x, dtype) for leaf, x in made.entries.items()})
 
-    VARIANTS["heads"] = dataclasses.replace(plain, entries=entries)
-    try:
+    with mock.patch.object(Heads, "entries", entries):
         inputs = model.Inputs(jnp.asarray(tokens[:1]))
         return np.asarray(jax.jit(lambda p: model.forward(p, cfg, inputs)[0].logits)(params))[0]
-    finally:
-        VARIANTS["heads"] = plain
 
 
 def check(name, store, got, want):
@@ -141,7 +139,7 @@ def test_illegal_cells_raise(name, store):
 def test_cells_are_counted():
     few = len(STORES) - len(EVERYWHERE)
     assert len(LEGAL) + len(ILLEGAL) == len(tiny.CASES) * len(EVERYWHERE) + len(MOVING) * few
-    windowed = sum(all(m.window for m in c.masks) and not c.scan_layers for c in tiny.CASES.values())
+    windowed = sum(all(layer.mask.window for layer in c.layers) and not c.scan_layers for c in tiny.CASES.values())
     looped = sum(not c.scan_layers for c in tiny.CASES.values())
     assert windowed >= 3 and looped == len(tiny.CASES) - 1
     rings, tied = 2, 1  # of MOVING: window_sinks and uneven_cla2_window have windows everywhere; two stores need a V
@@ -174,7 +172,7 @@ def test_chunked_and_left_padded_prefill(name, store, chunk, pad):
     forward, got = jax.jit(model.forward, static_argnums=1), []
     for start in range(0, LENGTH + pad, chunk):
         part = slice(start, start + chunk)
-        inputs = model.Inputs(jnp.asarray(rows[:, part]), jnp.asarray(at[:, part]), fresh=start == 0)
+        inputs = model.Inputs(jnp.asarray(rows[:, part]), jnp.asarray(at[:, part]), empty=start == 0)
         out, caches = forward(params, cfg, inputs, caches=caches)
         got.append(out.logits)
     got = np.concatenate(got, 1)

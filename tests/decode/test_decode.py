@@ -1,10 +1,12 @@
-"""Decoding: the loop against a plain forward pass per token, ragged batches, end tokens, streaming, errors."""
+"""Decoding: the loop against a plain forward pass per token, ragged batches, end tokens, a step count per row and the
+way back, streaming, what is computed how often, errors."""
 
 import dataclasses
 import functools
 import io
 import json
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -85,26 +87,200 @@ def test_end_tokens_stop_rows_one_by_one():
 
 
 def test_all_rows_done_ends_the_loop():
-    """The step counter of the state shows that no step was spent after the last row ended."""
+    """The step counts of the state show that no step was spent after the last row ended."""
     first = generate("gqa", PROMPTS, new=2).tokens
-    ends = [row[1] for row in first]
-    cfg, params = tiny.CASES["gqa"], params_of("gqa")
-    tokens, positions = decode.pad_prompts(PROMPTS, 7)
-    sampler = decode.sampling.create(DecodeConfig(), 3)
-    state = decode.generate_jit(
-        params,
-        cfg,
-        tokens,
-        positions,
-        cache.create(cfg, FULL, 3, 32),
-        sampler,
-        jnp.asarray(ends, jnp.int32),
-        jnp.int32(16),
-        chunk=16,
-        width=16,
-    )
-    assert int(state.step) <= 2 and np.all(np.asarray(state.position) == -1)
+    ends = jnp.asarray([row[1] for row in first], jnp.int32)
+    state = decode.generate_jit(*given(), *draws(), ends, jnp.int32(16), chunk=16, width=16)
+    assert np.all(np.asarray(state.step) <= 2) and np.all(np.asarray(state.done))
     assert np.all(np.asarray(state.out)[:, 2:] == -1)
+
+
+# --- a step count per row, and the way back ------------------------------------------------------------
+
+
+def given():
+    """What `start` takes before the sampler: the prompts above, left-padded, and empty full caches."""
+    cfg = tiny.CASES["gqa"]
+    return params_of("gqa"), cfg, *decode.pad_prompts(PROMPTS, 7), cache.create(cfg, FULL, 3, 32)
+
+
+def draws(**fields):
+    return (decode.sampling.create(DecodeConfig(**fields), len(PROMPTS)),)
+
+
+def started(ends=(), **fields):
+    """(state after the first token, its `advance` as a function of state and until)."""
+    params, cfg, *rest = given()
+    (sampler,), eos = draws(**fields), jnp.asarray(ends, jnp.int32)
+    state = decode.start_jit(params, cfg, *rest, sampler, eos, chunk=16, width=16)
+    return state, lambda state, until: decode.advance_jit(
+        params, cfg, state, sampler, eos, jnp.asarray(until, jnp.int32)
+    )
+
+
+def rows_of(state):
+    """Tokens of each row; what `out` holds must be as many as `step` says, and nothing after them."""
+    out, step = np.asarray(state.out), np.asarray(state.step)
+    assert np.array_equal(out >= 0, np.arange(out.shape[1])[None] < step[:, None])
+    return [row[:count].tolist() for row, count in zip(out, step, strict=True)]
+
+
+DRAWS = [{}, {"temperature": 1.5, "top_p": 0.95, "seed": 3}]
+
+
+@pytest.mark.parametrize("fields", DRAWS, ids=["greedy", "sampled"])
+def test_rows_wait_and_go_on(fields):
+    """Rows that wait at their own `until` write nothing and later draw the tokens that they would have drawn at once;
+    no row's tokens depend on how far its neighbours are."""
+    want = generate("gqa", PROMPTS, **fields).tokens
+    state, advance = started(**fields)
+    for until in ([4, 9, 1], [4, 2, 6], [11, 10, 7], 11):
+        before = np.asarray(state.step)
+        state = advance(state, until)
+        step = np.maximum(before, until)
+        assert np.asarray(state.step).tolist() == step.tolist()
+        assert rows_of(state) == [row[:count] for row, count in zip(want, step, strict=True)]
+        assert np.asarray(state.position).tolist() == [len(p) + n - 1 for p, n in zip(PROMPTS, step, strict=True)]
+        assert np.asarray(state.caches[0].length).tolist() == np.asarray(state.position).tolist()
+    assert rows_of(state) == want
+
+
+def test_until_ends_at_the_width_of_out():
+    state, advance = started()
+    state = advance(state, [99, 3, 99])
+    want = generate("gqa", PROMPTS, new=16).tokens
+    assert np.asarray(state.step).tolist() == [16, 3, 16]
+    assert rows_of(state) == [want[0], want[1][:3], want[2]]
+
+
+@pytest.fixture
+def truncate(monkeypatch):
+    """cache.truncate for full caches, where the library has none yet."""
+
+    def lower(caches, length):
+        return tuple(c if c is None else c.replace(length=jnp.minimum(c.length, length)) for c in caches)
+
+    if not hasattr(cache, "truncate"):
+        monkeypatch.setattr(cache, "truncate", lower, raising=False)
+
+
+@pytest.mark.parametrize("fields", DRAWS, ids=["greedy", "sampled"])
+def test_rewound_rows_draw_the_same_tokens_again(truncate, fields):
+    """Ten tokens, back to a different count in each row (one beyond what the row has), on by different counts."""
+    want = generate("gqa", PROMPTS, **fields).tokens
+    state, advance = started(**fields)
+    state = advance(state, [10, 10, 8])
+    state = jax.jit(decode.rewind)(state, jnp.asarray([3, 1, 9], jnp.int32))
+    assert rows_of(state) == [want[0][:3], want[1][:1], want[2][:8]]
+    assert np.asarray(state.token).tolist() == [want[0][2], want[1][0], want[2][7]]
+    assert np.asarray(state.position).tolist() == [9, 3, 12]
+    assert np.asarray(state.caches[0].length).tolist() == [9, 3, 12]
+    state = advance(state, [11, 5, 10])
+    assert rows_of(state) == [want[0], want[1][:5], want[2][:10]]
+    assert rows_of(advance(state, 11)) == want
+
+
+def test_a_row_that_ended_goes_on_from_before_its_end(truncate):
+    """Rows 0 and 1 have ended. Taken back to its end token a row is still done; taken back before it, a row draws up to
+    that token again."""
+    free = generate("gqa", PROMPTS).tokens
+    ends = (free[0][8], free[1][6])
+    want = [free[0][:9], free[1][:7], free[2]]
+    state, advance = started(ends=ends)
+    state = advance(state, 11)
+    assert rows_of(state) == want and np.asarray(state.done).tolist() == [True, True, False]
+    state = decode.rewind(state, jnp.asarray([9, 4, 10], jnp.int32))
+    assert rows_of(state) == [want[0], want[1][:4], want[2][:10]]
+    assert np.asarray(state.done).tolist() == [True, False, False]
+    state = advance(state, 11)
+    assert rows_of(state) == want and np.asarray(state.done).tolist() == [True, True, False]
+
+
+# --- what is computed, and what a keep-policy leaves ----------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_token_is_computed_once(monkeypatch, stream):
+    """Each row's positions go through the model once, in prefill chunks and in steps, into caches made once."""
+    name, seen, made = "gqa", [[], [], []], []
+    cfg = dataclasses.replace(tiny.CASES[name], max_length=119 + stream)  # compiled for this test alone
+    hidden, create = model.hidden, cache.create
+
+    def watched(params, cfg, inputs, **kw):
+        jax.debug.callback(
+            lambda where: [seen[r].extend(p[p >= 0].tolist()) for r, p in enumerate(where)], inputs.positions
+        )
+        return hidden(params, cfg, inputs, **kw)
+
+    monkeypatch.setattr(model, "hidden", watched)
+    monkeypatch.setattr(cache, "create", lambda *args: made.append(args) or create(*args))
+    got = decode.generate(
+        params_of(name),
+        cfg,
+        PROMPTS,
+        DecodeConfig(max_new_tokens=11, prefill_chunk=3),
+        FULL,
+        on_token=(lambda row, token: None) if stream else None,
+    )
+    jax.effects_barrier()
+    assert [len(row) for row in got.tokens] == [11, 11, 11] and len(made) == 1
+    assert [sorted(row) for row in seen] == [list(range(len(prompt) + 10)) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_times_are_those_of_the_run(stream):
+    """Compiling, prefill and decoding fit into the call; a caller's `on_token` is none of them."""
+    generate("gqa", PROMPTS, new=9)
+    took = []
+    began = time.perf_counter()
+
+    def slow(row, token):
+        took.append(time.sleep(0.01))
+
+    got = generate("gqa", PROMPTS, new=9, on_token=slow if stream else None)
+    total = time.perf_counter() - began - 0.01 * len(took)
+    assert len(took) == (27 if stream else 0)
+    assert got.prefill_seconds > 0 and got.decode_seconds > 0 and got.compile_seconds > 0
+    assert got.prefill_seconds + got.decode_seconds + got.compile_seconds < total
+    assert generate("gqa", PROMPTS, new=1).decode_seconds == generate("gqa", PROMPTS, new=1).tokens_per_second == 0
+
+
+def fewer_slots(caches):
+    """A `settle` that leaves 24 slots."""
+    return jax.tree.map(lambda x: x[:, :, :24] if x.ndim == 4 else x, caches)
+
+
+def emptied(caches):
+    """A `settle` that forgets what it held."""
+    return jax.tree.map(lambda x: jnp.zeros_like(x) if x.ndim == 4 else x, caches)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_settled_caches_are_decoded_with(stream):
+    """Caches made smaller between prefill and the first step: the same text from fewer bytes, compiled once."""
+    plain = generate("gqa", PROMPTS)
+    on_token = (lambda row, token: None) if stream else None
+    decode._compile.cache_clear()
+    for _ in range(2):
+        got = generate("gqa", PROMPTS, settle=fewer_slots, on_token=on_token)
+        assert got.tokens == plain.tokens and got.capacity == 32
+        assert got.prefill_cache_bytes == plain.cache_bytes == plain.prefill_cache_bytes
+        assert got.cache_bytes * 32 == plain.cache_bytes * 24
+    assert decode._compile.cache_info().misses == 3
+
+
+def test_start_settles_before_the_first_step():
+    """In one call or by itself, with caches that a step then reads: a `settle` that empties them changes the text."""
+    eos = jnp.zeros((0,), jnp.int32)
+    run = jax.jit(decode.start, static_argnames=("cfg", "chunk", "width", "settle"))
+    state = run(*given(), *draws(), eos, chunk=16, width=16, settle=fewer_slots)
+    assert cache.nbytes(state.caches) * 32 == cache.nbytes(given()[-1]) * 24
+    params, cfg = given()[:2]
+    want = generate("gqa", PROMPTS).tokens
+    assert rows_of(decode.advance(params, cfg, state, *draws(), eos, jnp.int32(11))) == want
+
+    got = generate("gqa", PROMPTS, settle=emptied).tokens
+    assert [row[0] for row in got] == [row[0] for row in want] and got != want
 
 
 def test_samples_do_not_depend_on_the_batch():
@@ -140,9 +316,9 @@ def test_static_buckets_do_not_recompile():
     decode._compile.cache_clear()
     for prompt, new, temperature in (([1, 2, 3], 9, 0.4), ([4] * 5, 8, 0.8), ([9], 12, 1.2)):
         generate("gqa", [prompt], new=new, temperature=temperature)
-    assert decode._compile.cache_info().misses == 1
+    assert decode._compile.cache_info().misses == 2  # start and advance
     generate("gqa", [[1] * 17], new=8, temperature=0.4)
-    assert decode._compile.cache_info().misses == 2
+    assert decode._compile.cache_info().misses == 4
 
 
 def test_buckets():
@@ -153,13 +329,13 @@ def test_buckets():
 @pytest.mark.parametrize(
     ("prompts", "fields", "store", "message"),
     [
-        ([], {}, FULL, "no prompt"),
+        ([], {}, FULL, "^there is no prompt; give at least one.$"),
         ([[1, 2], []], {}, FULL, "prompt 1 is empty"),
         ([[1, 61]], {}, FULL, "token id 61; the model's ids are 0 to 60"),
         ([[-1]], {}, FULL, "token id -1"),
-        ([[1] * 9], {}, CacheConfig(capacity=8), "the prompt has 9 tokens and config.cache.capacity is 8"),
+        ([[1] * 9], {}, CacheConfig(capacity=8), "the prompt has 9 tokens and cache.capacity is 8"),
         ([[1] * 5], {"max_new_tokens": 5}, CacheConfig(capacity=8), "at least 9"),
-        ([[1]], {"max_new_tokens": 0}, FULL, "max_new_tokens is 0"),
+        ([[1]], {"max_new_tokens": 0}, FULL, "^decode.max_new_tokens is 0"),
         ([[1]], {"top_p": 1.5}, FULL, "top_p is 1.5"),
     ],
 )
@@ -224,7 +400,7 @@ def test_the_command_streams_and_reports(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--prompt=",), "the prompt is empty"),
+        (("--prompt=",), "decode.prompt is empty"),
         (("--prompt=x", "--max_new_tokens=0"), "max_new_tokens is 0"),
         (("--prompt=x", "--max_new_token=3"), "max_new_tokens"),
         (("--prompt=" + "x" * 30, "--config.cache.capacity=20"), "the prompt has 30 tokens"),

@@ -2,7 +2,7 @@
 
 XLA inserts copies silently when an update and a read of one buffer cannot share it. A cache-sized copy per
 layer and token is as dear as reading the cache again, so its absence is asserted on the compiled text, for one
-step and for the whole prompt-to-text program, in every cache kind, dtype and kind of sharing.
+step, for the loop over steps and for the whole prompt-to-text program, in every cache kind, dtype and kind of sharing.
 """
 
 import collections
@@ -43,17 +43,34 @@ def lowered(program, name, store, batch, chunk=4):
     ints = jax.ShapeDtypeStruct((batch,), jnp.int32)
     if program is decode.decode_step_jit:
         return program.lower(params, cfg, ints, ints, caches), caches
+    if program is decode.advance_jit:
+        state = loop_state(caches, batch)
+        return program.lower(params, cfg, state, *_draws(batch), ints), caches
     prompt = jax.ShapeDtypeStruct((batch, 9), jnp.int32)
-    sampler = sampling.create(DecodeConfig(temperature=1.0, top_p=0.9), batch)
-    eos, until = jnp.asarray([1, 2], jnp.int32), jnp.int32(7)
-    args = (prompt, prompt, caches, sampler, eos, until)
+    args = (prompt, prompt, caches, *_draws(batch), jnp.int32(7))
     return program.lower(params, cfg, *args, chunk=chunk, width=16), caches
+
+
+def _draws(batch):
+    """A sampler that filters, and two end tokens."""
+    return sampling.create(DecodeConfig(temperature=1.0, top_p=0.9), batch), jnp.asarray([1, 2], jnp.int32)
+
+
+def loop_state(caches, batch):
+    """An abstract state of `batch` rows with room for 16 tokens each."""
+    ints = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    done, out = jax.ShapeDtypeStruct((batch,), bool), jax.ShapeDtypeStruct((batch, 16), jnp.int32)
+    return decode.State(token=ints, position=ints, step=ints, done=done, out=out, caches=caches)
 
 
 def leaf_sizes(caches):
     """(short dtype, element count) of every cache leaf."""
-    leaves = jax.tree.leaves([c.entries for c in caches if c is not None])
-    return {(_SHORT[leaf.dtype.name], leaf.size) for leaf in leaves}
+    return {(_SHORT[leaf.dtype.name], leaf.size) for leaf in held(caches)}
+
+
+def held(caches):
+    """The arrays that hold tokens."""
+    return [leaf for leaf in jax.tree.leaves(caches) if leaf.ndim == 4]
 
 
 def copies_of(text, sizes):
@@ -72,6 +89,8 @@ def check(program, name, store, batch, chunk=4):
     low, caches = lowered(program, name, store, batch, chunk)
     compiled = low.compile()
     counters = sum(c.length.size * 4 for c in caches if c is not None)
+    if program is decode.advance_jit:  # token, position, step, done, out
+        counters += batch * (3 * 4 + 1 + 16 * 4)
     aliased = compiled.memory_analysis().alias_size_in_bytes
     assert aliased == cache.nbytes(caches) + counters, f"{aliased} bytes aliased"
     return copies_of(compiled.as_text(), leaf_sizes(caches))
@@ -81,6 +100,13 @@ def check(program, name, store, batch, chunk=4):
 @pytest.mark.parametrize(("name", "store"), CASES, ids=IDS)
 def test_a_step_copies_no_cache(name, store, batch):
     assert not check(decode.decode_step_jit, name, store, batch)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("name", "store"), CASES, ids=IDS)
+def test_a_loop_with_rows_apart_copies_no_cache(name, store, batch):
+    """`until` [B], a step count per row; the rest of the state is updated in place too."""
+    assert not check(decode.advance_jit, name, store, batch)
 
 
 @pytest.mark.parametrize(("name", "store"), CASES, ids=IDS)
@@ -99,9 +125,10 @@ def test_chunked_prefill_of_a_ring_copies_the_ring_alone():
     old ring is set aside, once per leaf and chunk; the token loop and full caches copy nothing."""
     store = CacheConfig(kinds=("by_mask",))
     found = check(decode.generate_jit, "mqa_cla2_pattern", store, 1)
-    caches = cache.specs(tiny.CASES["mqa_cla2_pattern"], store, 1, CAPACITY)
-    rings = {f"f32[{','.join(map(str, leaf.shape))}] copy" for leaf in caches[0].entries.values()}
-    assert caches[0].ring and not caches[2].ring
+    cfg = tiny.CASES["mqa_cla2_pattern"]
+    caches = cache.specs(cfg, store, 1, CAPACITY)
+    rings = {f"f32[{','.join(map(str, leaf.shape))}] copy" for leaf in held(caches[0])}
+    assert [cache.layout(cfg, store, owner, CAPACITY)[1] > 0 for owner in (0, 2)] == [True, False]
     assert set(found) <= rings and all(count <= 2 for count in found.values())
 
 

@@ -107,6 +107,11 @@ def test_rows_do_not_see_each_other(rng):
         assert [draw((row,), step)[0] for step in range(19)] == [tokens[row] for tokens in together]
     assert [draw((2, 0), step) for step in range(19)] == [[tokens[2], tokens[0]] for tokens in together]
     assert len(collections.Counter(tokens[0] for tokens in together)) > 5
+    steps = (18, 0, 7)
+    sampler = sampling.create(cfg, 3, seeds)
+    apart = np.asarray(sample(jnp.asarray(logits), sampler, jnp.asarray(steps, jnp.int32))).tolist()
+    assert apart == [together[step][row] for row, step in enumerate(steps)]
+    assert all(apart != tokens for tokens in together)
 
 
 def test_greedy_and_mixed_temperatures(rng):

@@ -35,7 +35,7 @@ def filled(cfg, store, rng):
     tokens = rng.integers(0, cfg.vocab_size, (BATCH, SLOTS - 1)).astype(np.int32)
     at = np.where(np.arange(SLOTS - 1) < np.array(LENGTHS)[:, None] - 1, np.arange(SLOTS - 1), -1).astype(np.int32)
     params, caches = lively(cfg), cache.create(cfg, store, BATCH, SLOTS)
-    inputs = model.Inputs(tokens, at, fresh=True, last_only=True)
+    inputs = model.Inputs(tokens, at, empty=True, last_only=True)
     return params, jax.jit(model.forward, static_argnums=1)(params, cfg, inputs, caches=caches)[1]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.common import child as child_lib
 from experiments.common.child import Child, ChildError
+from tests.helpers.paths import ROOT
 
 WORKER = """
 import os, sys, time
@@ -32,7 +33,7 @@ def worker(tmp_path):
     made = []
 
     def start(**options):
-        env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{child_lib.ROOT}"}
+        env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
         made.append(Child("a_test_worker", env=env, **options))
         return made[-1]
 
@@ -90,5 +91,5 @@ def test_the_module_is_for_any_interpreter():
         "import sys; from experiments.common import child, machine; print(*{'jax', 'numpy', 'kvattn'} & {*sys.modules})"
     )
     line = [sys.executable, "-c", code]
-    done = child_lib.subprocess.run(line, cwd=child_lib.ROOT, capture_output=True, text=True, check=True)
+    done = child_lib.subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

@@ -24,6 +24,7 @@ from experiments.bench.kernel_candidates import Candidate
 from experiments.bench.kernel_shapes import MOST_BYTES, STORES, SWEEPS, Shape, cache_bytes, inputs, latent, sweep
 from experiments.bench.kernels import Torch
 from experiments.common.child import ChildError
+from experiments.common.paths import RESULTS
 from kvattn import cache, model, spec
 from kvattn.errors import UserError
 from pallas_kernels import KernelError, codes, reference
@@ -84,7 +85,7 @@ def test_a_quick_sweep_and_what_it_leaves(tmp_path):
 
 
 def test_bad_flags_are_one_sentence_and_exit_code_2():
-    default = comparison.RESULTS / "bench_kernels.json"
+    default = RESULTS / "bench_kernels.json"
     existed = default.exists()
     calls = {
         ("bench_kernels", "--sweep=quik"): "--sweep is 'quik'; choose one of bars, default, full, quick.",
@@ -492,14 +493,14 @@ def test_shapes_are_decoded_with_every_store(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["xla/bfloat16", "xla/int4", "xla/float8_e4m3fn/paged"])
 def test_caches_are_filled_and_grow_by_the_tokens_drawn(name):
     cfg = tiny.config(n_layers=1)
-    job = decode_bench.job_of(cfg, name, batch=3, context=64, steps=5)
-    held = decode_bench.filled_caches(job)
-    abstract = decode_bench.abstract_caches(job)
+    trial = decode_bench.trial_of(cfg, name, batch=3, context=64, steps=5)
+    held = decode_bench.filled_caches(trial)
+    abstract = decode_bench.abstract_caches(trial)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), held) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
     entries, positions, valid = cache.read(held[0])
     assert np.asarray(valid).sum(1).tolist() == [59] * 3
     params = model.init(jax.random.key(0), cfg, jnp.bfloat16)
-    seconds, tokens = decode_bench.turn(job, decode_bench.compiled(job, params), params)
+    seconds, tokens = decode_bench.turn(trial, decode_bench.compiled(trial, params), params)
     tokens = np.asarray(tokens)
     assert seconds > 0 and tokens.shape == (3, 6) and (tokens[:, 0] == -1).all()
     assert ((tokens[:, 1:] >= 0) & (tokens[:, 1:] < cfg.vocab_size)).all()

@@ -80,7 +80,7 @@ def emit(target: str, name: str, values: list[str] = HARD, **fields) -> tuple[la
 
 
 def kubernetes(text: str) -> str:
-    """What the kubelet makes of a container's command: $$ is $, $(NAME) is the variable."""
+    """Reads a container's command as the kubelet does: $$ is $, $(NAME) is the variable."""
     return re.sub(r"\$(\$|\(([A-Za-z_]\w*)\))", lambda m: "$" if m[1] == "$" else "EXPANDED", text)
 
 
@@ -401,6 +401,11 @@ def test_commands_that_do_not_resolve(words, match):
     with pytest.raises(UserError, match=match) as error:
         launch.resolve(words)
     assert "\n" not in str(error.value)
+
+
+def test_packages_are_commands_too():
+    made = launch.resolve(["experiments.study", "--config=configs/study_scratch.py", "--config.train.steps=2"])
+    assert (made.module, made.name, made.workdir) == ("experiments.study", "study_scratch", "workdirs/study_scratch")
 
 
 def test_where_the_command_starts():

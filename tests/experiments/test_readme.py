@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md say is so: figures, commands, files, and the Python example."""
+"""README.md and CONTRIBUTING.md are true: figures, commands, files, and the Python example."""
 
 import contextlib
 import io

@@ -165,7 +165,7 @@ def test_the_same_command_redoes_nothing(done, monkeypatch, capsys):
 
 
 def test_expected_collectives_are_those_of_the_program(done):
-    """What the doctor is given adds up to the cost model's bytes on the wire; batch and D of the residual stream are
+    """The doctor's expectations add up to the cost model's bytes on the wire; batch and D of the residual stream are
     gathered apart, with the same bytes. Gathered weights are not held against it."""
     cfg, _ = done
     (cell,) = cells.cells_of(cfg)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.study import lab as study_lab
+from experiments.study import phases as study_phases
 from experiments.study import plot as study_plot
 from experiments.study import report as study_report
 from experiments.study import run as study
@@ -52,7 +52,7 @@ def checkpoint(monkeypatch):
         reads.append(path)
         return formats.Loaded(MODEL, params, ByteTokenizer(), source="a tiny checkpoint")
 
-    monkeypatch.setattr(study_lab.formats, "load", load)
+    monkeypatch.setattr(study_phases.formats, "load", load)
     return reads
 
 
@@ -81,7 +81,7 @@ def test_a_study_from_start_to_end_and_again(text, tmp_path, checkpoint, capsys)
     assert [r["phase"] for r in records[1:]] == ["reference"] + ["before"] * 3 + ["after"] * 3
     by = {(r["phase"], r.get("row")): r for r in records}
     # Every figure against the module that owns it.
-    params = study_lab.formats.load("tiny").params
+    params = study_phases.formats.load("tiny").params
     ids = np.asarray(ByteTokenizer().encode(evaluate.evaluation_text(cfg)))[:120]
     own = evaluate.perplexity(params, MODEL, ids, context=40, stride=20, cache_cfg=c.CacheConfig())
     for key in (("reference", None), ("before", "base")):
@@ -137,7 +137,7 @@ def test_a_killed_study_goes_on(text, tmp_path, checkpoint, monkeypatch):
 
         return fit(config, on_step=step, **kw)
 
-    monkeypatch.setattr(study_lab.train, "fit", dying)
+    monkeypatch.setattr(study_phases.train, "fit", dying)
     with pytest.raises(SystemExit):
         study.run(cfg)
     assert [r["phase"] for r in lines(tmp_path / "w")[1:]] == ["reference", "before", "before"]
@@ -198,7 +198,7 @@ def test_other_step_counts_extend_a_study(text, tmp_path, checkpoint, monkeypatc
     second = study.run(two)
     assert second[:3] == first[:3] and [r["steps"] for r in (first[3], second[3])] == [1, 2]
     assert first[3]["nll"] != second[3]["nll"]
-    monkeypatch.setattr(study_lab.train, "fit", None)
+    monkeypatch.setattr(study_phases.train, "fit", None)
     assert study.run(one) == first and len(lines(tmp_path / "w")) == 5
     assert not list((tmp_path / "w" / "rows").glob("*/checkpoints"))
 

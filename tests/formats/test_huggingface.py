@@ -43,7 +43,7 @@ def _every_way(params, cfg, tokens, *stores):
     length = tokens.shape[1]
 
     def decoded(caches):
-        prompt = model.Inputs(tokens[:, :PROMPT], fresh=True)
+        prompt = model.Inputs(tokens[:, :PROMPT], empty=True)
         first, caches = model.forward(params, cfg, prompt, caches=caches)
 
         def step(caches, t):

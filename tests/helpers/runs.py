@@ -72,7 +72,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
-    """What a run says of each step, without what depends on the clock."""
+    """Records of a run, a step each, without fields that depend on the clock."""
     keep = ("step", "loss", "ce", "grad_norm", "learning_rate", "tokens")
     return [{name: r[name] for name in keep} for r in metrics.read_jsonl(workdir / metrics.JSONL)]
 

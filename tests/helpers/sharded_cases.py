@@ -76,7 +76,7 @@ def filled(name, batch):
     after = []
     forward = jax.jit(model.forward, static_argnums=1)
     for i, (tokens, positions) in enumerate([prompt, *steps]):
-        inputs = model.Inputs(jnp.asarray(tokens), jnp.asarray(positions), fresh=i == 0)
+        inputs = model.Inputs(jnp.asarray(tokens), jnp.asarray(positions), empty=i == 0)
         caches = forward(params, cfg, inputs, caches=caches)[1]
         after.append(jax.device_get(caches))
     return after[0], after[-1]

@@ -125,7 +125,7 @@ def test_sharded_decode_equals_unsharded():
     caches = jax.tree.map(place, cache.create(CFG, CacheConfig(), 8, 16))
     forward = jax.jit(model.forward, static_argnums=1)
     with sharding.use_rules(mesh, rules):
-        out, caches = forward(placed, CFG, model.Inputs(tokens[:, :-1], fresh=True), caches=caches)
+        out, caches = forward(placed, CFG, model.Inputs(tokens[:, :-1], empty=True), caches=caches)
         last = model.Inputs(tokens[:, -1:], jnp.full((8, 1), tokens.shape[1] - 1, jnp.int32))
         step, caches = forward(placed, CFG, last, caches=caches)
     close(np.concatenate([out.logits, step.logits], 1), want, F32_SHARDED)

@@ -65,7 +65,7 @@ def generate(batch, prompt_tokens, new, directory):
     ids = json.loads((pathlib.Path(directory) / "ids.json").read_text())
     prompts = [ids[row * prompt_tokens : (row + 1) * prompt_tokens] for row in range(batch)]
     loaded, cfg = HELD["loaded"], DecodeConfig(max_new_tokens=new)
-    out = decode.generate(loaded.params, loaded.model, prompts, cfg, CacheConfig(), on_token=lambda row, token: None)
+    out = decode.generate(loaded.params, loaded.model, prompts, cfg, CacheConfig())
     return {
         "tokens_per_second": out.tokens_per_second,
         "prefill_tokens_per_second": batch * prompt_tokens / out.prefill_seconds,

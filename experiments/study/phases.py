@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from experiments.study import report as study_report
-from experiments.study.progress import Show
+from experiments.study.progress import Progress
 from experiments.study.results import Results, row_dir
 from kvattn import account, formats
 from kvattn.config import CacheConfig, DecodeConfig, Experiment, StudyConfig, VariantConfig
@@ -30,10 +30,10 @@ from sharding.cost.hardware import measure_cpu, of_device
 KL_TOKENS = 256  # of the held-out text, behind each KL
 
 
-class Lab:
-    """What the phases share: the checkpoint, the held-out tokens, the machine's roofline."""
+class Phases:
+    """Measures rows; all phases share the checkpoint, the held-out tokens and the machine's roofline."""
 
-    def __init__(self, cfg: Experiment, results: Results, show: Show):
+    def __init__(self, cfg: Experiment, results: Results, show: Progress):
         self.cfg, self.results, self.show = cfg, results, show
         self.base, tokenizer = None, None
         if cfg.checkpoint.path:
