@@ -52,7 +52,7 @@ def test_what_does_not_fold_raises(changes, message):
 def test_softmax_in_base_two_and_swish_by_tanh(rng):
     """exp2 of scores times log2(e) is the softmax of attention; swish(2u) = u (tanh(u) + 1)."""
     q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((2, 3, 4, 5), (2, 1, 7, 5), (2, 1, 7, 6)))
-    mask = np.ones((2, 3, 7), bool)
+    mask = np.ones((2, 1, 3, 7), bool)
     scores = np.einsum("btnh,bksh->btns", q, k) * 0.3 * np.log2(np.e)
     weight = np.exp2(scores - scores.max(-1, keepdims=True))
     want = np.einsum("btns,bksv->btnv", weight / weight.sum(-1, keepdims=True), v)

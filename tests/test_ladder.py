@@ -49,7 +49,9 @@ def loop_logits(params, cfg, tokens):
             h, owner = normed(block, "attn_norm", x), cfg.sources[layer]
             h_kv = normed(block, "kv_norm", x) if "kv_norm" in block else h
             q, shared[owner] = oracles._project(block["attn"], cfg, layer, h, h_kv, shared.get(owner), range(length))
-            context = oracles.attention(q, *shared[owner], cfg.mask(layer), cfg.scale, cfg.attn_soft_cap, [0] * length)
+            heads, mask = cfg.attention(layer), cfg.mask(layer)
+            scale = heads.attn_scale or heads.head_dim**-0.5
+            context = oracles.attention(q, *shared[owner], mask, scale, heads.attn_soft_cap, [0] * length)
             y = np.einsum("tnv,nvd->td", context, block["attn"]["o"]) + block["attn"].get("o_bias", 0)
             outputs.append(normed(block, "attn_post_norm", y))
         else:

@@ -87,7 +87,7 @@ def test_halved_k_heads_duplicated_are_equal():
         **params,
         "layers": tuple({**b, "attn": {**b["attn"], "k": jnp.repeat(b["attn"]["k"], 3, 1)}} for b in params["layers"]),
     }
-    close(run(wide, dataclasses.replace(cfg, n_k_heads=6), tokens), run(params, cfg, tokens), F32_MODEL)
+    close(run(wide, cfg.replace(n_k_heads=6), tokens), run(params, cfg, tokens), F32_MODEL)
 
 
 def test_sqa_is_gqa_with_silent_query_heads():
@@ -108,7 +108,7 @@ def test_sqa_is_gqa_with_silent_query_heads():
             for b in params["layers"]
         ),
     }
-    close(run(fewer, dataclasses.replace(cfg, n_heads=3), tokens), run(silent, cfg, tokens), F32_MODEL)
+    close(run(fewer, cfg.replace(n_heads=3), tokens), run(silent, cfg, tokens), F32_MODEL)
 
 
 def test_identity_sharing_is_the_base_model():
@@ -120,9 +120,9 @@ def test_identity_sharing_is_the_base_model():
 def test_wide_window_is_causal():
     cfg = tiny.CASES["gqa"]
     params, tokens = lively(cfg), tokens_of(cfg)
-    wide = dataclasses.replace(cfg, masks=(MaskConfig(window=LENGTH),))
+    wide = cfg.replace(masks=(MaskConfig(window=LENGTH),))
     close(run(params, wide, tokens), run(params, cfg, tokens), EXACT)
-    narrow = dataclasses.replace(cfg, masks=(MaskConfig(window=LENGTH - 1),))
+    narrow = cfg.replace(masks=(MaskConfig(window=LENGTH - 1),))
     changed = np.abs(np.asarray(run(params, narrow, tokens) - run(params, cfg, tokens))).max((0, 2))
     assert changed[: LENGTH - 1].max() == 0 and changed[LENGTH - 1] > 0
 
@@ -178,10 +178,10 @@ def test_owner_gradient_sums_over_its_readers():
         shared, other = split(k0, k1)
         x = lay.embed(params, cfg, jnp.asarray(tokens))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-        where = model.where_of(cfg, positions, None, False)
-        _, _, view_other, _ = model._block(other["layers"][0], cfg, 0, x, where, None, None)
-        x, _, _, _ = model._block(shared["layers"][0], cfg, 0, x, where, None, None)
-        x, _, _, _ = model._block(shared["layers"][1], cfg, 1, x, where, None, view_other)
+        this = model.Pass(model.where_of(cfg, positions, None, False))
+        _, view_other, _, _ = model._block(other["layers"][0], cfg, 0, x, this, None, None)
+        x, _, _, _ = model._block(shared["layers"][0], cfg, 0, x, this, None, None)
+        x, _, _, _ = model._block(shared["layers"][1], cfg, 1, x, this, None, view_other)
         return jnp.square(x).mean()
 
     k = params["layers"][0]["attn"]["k"]

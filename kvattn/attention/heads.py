@@ -206,7 +206,8 @@ def heads_model(*, masks: Any = (), ropes: Any = None, **fields: Any) -> ModelCo
     own = {f.name for f in dataclasses.fields(Heads)}
     heads = Heads(**{name: value for name, value in fields.items() if name in own})
     rest = {name: value for name, value in fields.items() if name not in own}
-    return ModelConfig(layers=layer_pattern(heads, masks, (RopeConfig(),) if ropes is None else ropes), **rest)
+    ropes, n_layers = (RopeConfig(),) if ropes is None else ropes, rest.get("n_layers", ModelConfig.n_layers)
+    return ModelConfig(layers=layer_pattern(heads, masks, ropes, n_layers=n_layers), **rest)
 
 
 def plain_heads(cfg: ModelConfig, what: str) -> Heads:

@@ -105,7 +105,7 @@ def _nearest(name: str, valid: list[str]) -> str:
 
 def _retype(value: Any, kind: Any, where: str) -> Any:
     """Converts `value` to the annotated type `kind`, naming `where` in every error."""
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, Tagged)):
         return _retype_dataclass(value, kind, where)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
@@ -171,4 +171,5 @@ def _with_layers(value: dict[str, Any], where: str) -> dict[str, Any]:
     fields = {name: value.pop(name) for name in names if name in value}
     masks = _retype(value.pop("masks", ()), tuple[MaskConfig, ...], f"{where}.masks")
     ropes = _retype(value.pop("ropes", ({},)), tuple[RopeConfig | None, ...], f"{where}.ropes")
-    return value | {"layers": layer_pattern(_fields(fields, heads, where), masks, ropes)}
+    n_layers = _retype(value.get("n_layers", ModelConfig.n_layers), int, f"{where}.n_layers")
+    return value | {"layers": layer_pattern(_fields(fields, heads, where), masks, ropes, n_layers=n_layers)}

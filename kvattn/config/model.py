@@ -311,11 +311,18 @@ def shortest(pattern: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def layer_pattern(
-    attention: Attention, masks: Iterable[MaskConfig] = (), ropes: Iterable[RopeConfig | None] = (RopeConfig(),)
+    attention: Attention,
+    masks: Iterable[MaskConfig] = (),
+    ropes: Iterable[RopeConfig | None] = (RopeConfig(),),
+    *,
+    n_layers: int = 0,
 ) -> tuple[Layer, ...]:
-    """Layers of one family with a pattern of masks and one of rotations, each repeating by itself."""
+    """Layers of one family with a pattern of masks and one of rotations, each repeating by itself; not more of them
+    than `n_layers` (0 = until both patterns end together)."""
     masks, ropes = tuple(masks) or (MaskConfig(),), tuple(ropes)
     count = math.lcm(len(masks), len(ropes))
+    if n_layers:
+        count = min(count, max(n_layers, len(masks), len(ropes)))
     return shortest(Layer(attention, masks[i % len(masks)], ropes[i % len(ropes)]) for i in range(count))
 
 

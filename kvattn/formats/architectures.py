@@ -13,28 +13,30 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvattn import config as config_lib
+from kvattn.attention.heads import heads_model
 from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.formats import config_rules as rules
 from kvattn.formats import rope_rules as ropes
 from kvattn.formats.config_rules import Keys, Rule
+from kvattn.formats.flat import TYPES, flat
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One tensor of a layer (or of the model) and the parameters it holds. `{}` in a name is the layer.
 
-    `layout` is a key of layouts.LAYOUTS; `names` lists spellings, the one to write first.
+    `transform` is a key of tensor_names.TRANSFORMS; `names` lists spellings, the one to write first.
     """
 
     names: tuple[str, ...]
     paths: tuple[tuple[str, ...], ...]
-    layout: str
+    transform: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """`fixed`: ModelConfig fields every such model has. `keys`: config key -> ModelConfig field, copied.
+    """`fixed`: fields of `heads_model` every such model has. `keys`: config key -> field, copied.
     `defaults`: what transformers takes for a key that config.json leaves out."""
 
     model_type: str
@@ -47,8 +49,8 @@ class Architecture:
     layer_rows: tuple[Row, ...]
 
 
-def _row(name: str, path: str, layout: str) -> Row:
-    return Row((name,), (tuple(path.split(".")),), layout)
+def _row(name: str, path: str, transform: str) -> Row:
+    return Row((name,), (tuple(path.split(".")),), transform)
 
 
 SIZES = {"vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "n_layers"}
@@ -249,10 +251,10 @@ def read_config(raw: dict[str, Any]) -> tuple[Architecture, ModelConfig]:
     keys = Keys(raw, arch.defaults)
     fields: dict[str, Any] = dict(arch.fixed)
     for key, field in arch.keys.items():
-        fields[field] = keys.typed(key, rules.FIELD_TYPES[field])
+        fields[field] = keys.typed(key, TYPES[field])
     for rule in arch.rules:
         rule.read(keys, fields)
-    cfg = rules.canonical(ModelConfig(**fields))
+    cfg = rules.canonical(heads_model(**fields))
     try:
         config_lib.validate(cfg)
     except UserError as error:
@@ -261,20 +263,22 @@ def read_config(raw: dict[str, Any]) -> tuple[Architecture, ModelConfig]:
 
 
 def write_config(arch: Architecture, cfg: ModelConfig) -> dict[str, Any]:
-    """The config.json of `cfg` as `arch` would say it; faithful only if `read_config` gives `cfg` back."""
+    """The config.json of `cfg` as `arch` would say it; faithful only if `read_config` gives `cfg` back. Raises
+    UserError for a model that has no flat form."""
+    view = flat(cfg)
     out: dict[str, Any] = {"architectures": [arch.class_name], "model_type": arch.model_type}
     for key, field in arch.keys.items():
-        out[key] = getattr(cfg, field)
+        out[key] = getattr(view, field)
     for rule in arch.rules:
-        rule.write(cfg, out)
+        rule.write(view, out)
     return out
 
 
 def tensor_rows(arch: Architecture, n_layers: int) -> Iterator[tuple[tuple[str, ...], tuple[tuple, ...], str]]:
-    """(tensor names, parameter paths, layout) for every tensor the architecture could have, layer by layer."""
+    """(tensor names, parameter paths, transform) for every tensor the architecture could have, layer by layer."""
     for row in arch.model_rows:
-        yield row.names, row.paths, row.layout
+        yield row.names, row.paths, row.transform
     for layer in range(n_layers):
         for row in arch.layer_rows:
             names = tuple(name.format(layer) for name in row.names)
-            yield names, tuple(("layers", layer, *path) for path in row.paths), row.layout
+            yield names, tuple(("layers", layer, *path) for path in row.paths), row.transform

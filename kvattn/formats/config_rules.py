@@ -1,7 +1,7 @@
 """config.json keys that need more than a copy: heads, activations, biases, windows, rotary embedding.
 
-A `Rule` is the two directions of one such group of keys, side by side: `read(keys, fields)` puts ModelConfig
-fields in `fields`, `write(cfg, out)` puts config.json keys in `out`. Reading raises UserError naming key and
+A `Rule` is the two directions of one such group of keys, side by side: `read(keys, fields)` puts fields of
+`heads_model` in `fields`, `write(cfg, out)` puts config.json keys in `out`. Reading raises UserError naming key and
 value for anything kvattn does not express; writing never judges, because the round trip does
 (see architectures.py).
 """
@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from kvattn.config import MaskConfig, ModelConfig, RopeConfig
+from kvattn.config import EXECUTION, MaskConfig, ModelConfig, RopeConfig, shortest
 from kvattn.errors import UserError
+from kvattn.formats.flat import Flat
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 4096
@@ -26,7 +27,7 @@ _FOREIGN = ("quantization_config", "auto_map", "expert", "moe_", "mrope", "inter
 @dataclasses.dataclass(frozen=True)
 class Rule:
     read: Callable[["Keys", dict[str, Any]], None]
-    write: Callable[[ModelConfig, dict[str, Any]], None]
+    write: Callable[[Flat, dict[str, Any]], None]
 
 
 class Keys:
@@ -76,9 +77,6 @@ class Keys:
         ]()
 
 
-FIELD_TYPES = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
-
-
 def refuse_foreign(raw: dict[str, Any]) -> None:
     """Raises UserError for keys of other families (experts, quantised weights, code on the hub, ...)."""
     for key, value in raw.items():
@@ -86,27 +84,22 @@ def refuse_foreign(raw: dict[str, Any]) -> None:
             raise UserError(f"config.json: {key[:80]} is {str(value)[:80]!r}; kvattn does not express it.")
 
 
-def pattern(entries: list[Any]) -> tuple[Any, ...]:
-    """The shortest tuple that, repeated, gives `entries`."""
-    for period in range(1, len(entries) + 1):
-        if all(entry == entries[i % period] for i, entry in enumerate(entries)):
-            return tuple(entries[:period])
-    return tuple(entries)
-
-
 def canonical(cfg: ModelConfig) -> ModelConfig:
-    """`cfg` with every field that has two spellings in one of them, and execution fields at their defaults."""
-    layers = range(cfg.n_layers)
+    """`cfg`, of plain heads, with every field that has two spellings in one of them, and execution fields at their
+    defaults."""
+    layers = []
+    for layer in cfg.every:
+        heads = layer.attention
+        if math.isclose(heads.scale, heads.head_dim**-0.5, rel_tol=1e-12):
+            heads = dataclasses.replace(heads, attn_scale=0.0)
+        rope = _canonical_rope(layer.rope, heads.head_dim)
+        layers.append(dataclasses.replace(layer, attention=heads, rope=rope))
     default = ModelConfig()
     return dataclasses.replace(
         cfg,
-        masks=pattern([cfg.mask(layer) for layer in layers]),
-        ropes=pattern([_canonical_rope(cfg.rope(layer), cfg.head_dim) for layer in layers]),
-        kv_source=() if cfg.sources == tuple(layers) else cfg.sources,
-        attn_scale=0.0 if math.isclose(cfg.scale, cfg.head_dim**-0.5, rel_tol=1e-12) else cfg.attn_scale,
-        kernel=default.kernel,
-        scan_layers=default.scan_layers,
-        remat=default.remat,
+        layers=shortest(layers),
+        kv_source=() if cfg.sources == tuple(range(cfg.n_layers)) else cfg.sources,
+        **{name: getattr(default, name) for name in EXECUTION},
     )
 
 
@@ -150,7 +143,7 @@ def _read_heads(keys: Keys, fields: dict[str, Any], d_multiple: bool) -> None:
     fields |= {"n_k_heads": k, "n_v_heads": k, "head_dim": h, "v_head_dim": h}
 
 
-def _write_heads(cfg: ModelConfig, out: dict[str, Any]) -> None:
+def _write_heads(cfg: Flat, out: dict[str, Any]) -> None:
     out |= {"num_key_value_heads": cfg.n_k_heads, "head_dim": cfg.head_dim}
 
 
@@ -209,7 +202,7 @@ def _read_gemma_scales(keys: Keys, fields: dict[str, Any]) -> None:
     fields["embed_scale"] = fields["d_model"] ** 0.5
 
 
-def _write_gemma_scales(cfg: ModelConfig, out: dict[str, Any]) -> None:
+def _write_gemma_scales(cfg: Flat, out: dict[str, Any]) -> None:
     scalar = cfg.scale**-2
     whole = round(scalar) if scalar < MAX_SIZE else 0
     out["query_pre_attn_scalar"] = whole if math.isclose(whole, scalar, rel_tol=1e-9) else scalar
@@ -281,12 +274,12 @@ def _layered(default: Callable[[Keys, int, int], bool]) -> Callable[[Keys, dict[
         else:
             slides = [default(keys, layer, n) for layer in range(n)]
         window = keys.integer("sliding_window") if any(slides) else 0
-        fields["masks"] = pattern([MaskConfig(window=window if slide else 0) for slide in slides])
+        fields["masks"] = shortest([MaskConfig(window=window if slide else 0) for slide in slides])
 
     return read
 
 
-def _write_layered(cfg: ModelConfig, out: dict[str, Any]) -> None:
+def _write_layered(cfg: Flat, out: dict[str, Any]) -> None:
     windows = [cfg.mask(layer).window for layer in range(cfg.n_layers)]
     out["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
     out["sliding_window"] = max(windows) or None
@@ -308,7 +301,7 @@ def _read_window_qwen(keys: Keys, fields: dict[str, Any]) -> None:
     _layered(_qwen_slides)(keys, fields)
 
 
-def _write_window_qwen(cfg: ModelConfig, out: dict[str, Any]) -> None:
+def _write_window_qwen(cfg: Flat, out: dict[str, Any]) -> None:
     _write_layered(cfg, out)
     out["use_sliding_window"] = out["sliding_window"] is not None
     kinds = out["layer_types"]

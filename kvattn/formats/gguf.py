@@ -20,6 +20,7 @@ import numpy as np
 from kvattn import config as config_lib
 from kvattn import layers as layers_lib
 from kvattn import model as model_lib
+from kvattn.attention.heads import heads_model
 from kvattn.config import ModelConfig, RopeConfig
 from kvattn.data import tokenizer as tokenizer_lib
 from kvattn.errors import UserError
@@ -29,7 +30,7 @@ from kvattn.formats.gguf_file import File, refuse
 _CONVERT = "convert the model to a Hugging Face directory and load that"
 _LLAMA3_LENGTH = 8192  # what every Llama 3.x interpolates from; the file has the result, not the length
 
-# tensor name -> (parameter path, layout). Layouts, stored -> parameter: same; inward [out, D] -> [D, *out];
+# tensor name -> (parameter path, transform). Transforms, stored -> parameter: same; inward [out, D] -> [D, *out];
 # rotary: inward, heads un-interleaved for llama; outward [D, in] -> [*in, D]; bias [out] -> [*out];
 # rotary_bias: bias, un-interleaved for llama.
 _MODEL_ROWS = {
@@ -61,7 +62,7 @@ _LAYER_ROWS = {
 
 @dataclasses.dataclass(frozen=True)
 class _Architecture:
-    """`interleaved`: q and k are stored for neighbour pairing. `qk_norm`: the ModelConfig field."""
+    """`interleaved`: q and k are stored for neighbour pairing. `qk_norm`: the field of Heads."""
 
     interleaved: bool
     qk_norm: str = "none"
@@ -149,7 +150,7 @@ def model_config(file: File) -> ModelConfig:
     if keys.size("vocab_size", embedding.shape[0]) != embedding.shape[0]:
         raise refuse(file.path, f"is corrupt: {name}.vocab_size differs from the {embedding.shape[0]} embedding rows")
     first = {row for row in _LAYER_ROWS if f"blk.0.{row}" in file.tensors}
-    cfg = ModelConfig(
+    cfg = heads_model(
         vocab_size=embedding.shape[0],
         d_model=d_model,
         n_layers=n_layers,
@@ -247,36 +248,36 @@ def _llama3(file: File, rope: RopeConfig, length: int | None, head_dim: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """Where a tensor goes: the parameter's path and shape, and the layout it is stored in."""
+    """Where a tensor goes: the parameter's path and shape, and the transform from what is stored."""
 
     path: tuple[Any, ...]
     shape: tuple[int, ...]
-    layout: str
+    transform: str
 
     @property
     def stored(self) -> tuple[int, ...]:
         """The shape in the file."""
-        if self.layout in ("inward", "rotary"):
+        if self.transform in ("inward", "rotary"):
             return (math.prod(self.shape[1:]), self.shape[0])
-        if self.layout == "outward":
+        if self.transform == "outward":
             return (self.shape[-1], math.prod(self.shape[:-1]))
-        return self.shape if self.layout == "same" else (math.prod(self.shape),)
+        return self.shape if self.transform == "same" else (math.prod(self.shape),)
 
 
 def _slots(cfg: ModelConfig) -> Iterator[tuple[str, _Slot]]:
     """(tensor name, slot) for every parameter of the model."""
     specs = model_lib.param_specs(cfg)
-    for name, (path, layout) in _MODEL_ROWS.items():
+    for name, (path, transform) in _MODEL_ROWS.items():
         keys = tuple(path.split("."))
         if keys[0] in specs:
-            yield name, _Slot(keys, specs[keys[0]][keys[1]].shape, layout)
+            yield name, _Slot(keys, specs[keys[0]][keys[1]].shape, transform)
     for layer, layer_specs in enumerate(specs["layers"]):
-        for name, (path, layout) in _LAYER_ROWS.items():
+        for name, (path, transform) in _LAYER_ROWS.items():
             spec, keys = layer_specs, tuple(path.split("."))
             for key in keys:
                 spec = spec.get(key) if spec is not None else None
             if spec is not None:
-                yield f"blk.{layer}.{name}", _Slot(("layers", layer, *keys), spec.shape, layout)
+                yield f"blk.{layer}.{name}", _Slot(("layers", layer, *keys), spec.shape, transform)
 
 
 def _params(file: File, cfg: ModelConfig, dtype: Any) -> dict[str, Any]:
@@ -309,13 +310,13 @@ def _several(names: list[str]) -> str:
 
 def _arrange(stored: np.ndarray, slot: _Slot, interleaved: bool) -> np.ndarray:
     """A stored tensor (float32, slot.stored) as the parameter (slot.shape)."""
-    if slot.layout == "rotary" and interleaved:
+    if slot.transform == "rotary" and interleaved:
         d, heads, dim = slot.shape
         return stored.reshape(heads, dim // 2, 2, d).transpose(3, 0, 2, 1).reshape(slot.shape)
-    if slot.layout == "rotary_bias" and interleaved:
+    if slot.transform == "rotary_bias" and interleaved:
         heads, dim = slot.shape
         return stored.reshape(heads, dim // 2, 2).swapaxes(1, 2).reshape(slot.shape)
-    if slot.layout in ("inward", "rotary", "outward"):
+    if slot.transform in ("inward", "rotary", "outward"):
         return np.ascontiguousarray(stored.T).reshape(slot.shape)
     return stored.reshape(slot.shape)
 

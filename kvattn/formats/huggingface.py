@@ -37,7 +37,8 @@ from kvattn.formats.architectures import (
     write_config,
 )
 from kvattn.formats.config_rules import canonical
-from kvattn.formats.tensor_names import LAYOUTS
+from kvattn.formats.flat import FIELDS, Flat, flat
+from kvattn.formats.tensor_names import TRANSFORMS
 
 MAX_CONFIG_BYTES = 4 << 20
 SHARD_BYTES = 5 << 30
@@ -54,7 +55,7 @@ class _Load:
     entry: st.Entry
     paths: tuple[tuple, ...]
     shapes: tuple[tuple[int, ...], ...]
-    layout: str
+    transform: str
 
 
 def read(directory: str | os.PathLike, dtype: str = "float32") -> tuple[ModelConfig, dict[str, Any], Any]:
@@ -77,7 +78,7 @@ def read(directory: str | os.PathLike, dtype: str = "float32") -> tuple[ModelCon
         tokenizer_lib.check_matches(tokenizer, cfg)
     params: dict[tuple, jax.Array] = {}
     for load in plan:
-        parts = LAYOUTS[load.layout].unpack(st.read(load.entry), load.shapes)
+        parts = TRANSFORMS[load.transform].unpack(st.read(load.entry), load.shapes)
         for path, part in zip(load.paths, parts):
             params[path] = jnp.asarray(np.ascontiguousarray(part.astype(_DTYPES[dtype], copy=False)))
     return cfg, _assemble(cfg, params), tokenizer
@@ -103,7 +104,7 @@ def _plan(arch: Architecture, cfg: ModelConfig, files: dict[str, st.Entry]) -> l
     """Which tensor fills which parameter; UserError unless they match one to one, shapes included."""
     entries = {_text_name(name): entry for name, entry in files.items() if not name.startswith(VISION)}
     specs, plan, used = _flat_specs(cfg), [], set()
-    for names, paths, layout in tensor_rows(arch, cfg.n_layers):
+    for names, paths, transform in tensor_rows(arch, cfg.n_layers):
         if paths[0] not in specs:
             continue
         present = [name for name in names if name in entries]
@@ -114,10 +115,10 @@ def _plan(arch: Architecture, cfg: ModelConfig, files: dict[str, st.Entry]) -> l
                 f"{cfg.n_layers} layers) needs exactly one of it."
             )
         entry, shapes = entries[present[0]], tuple(specs[path].shape for path in paths)
-        want = LAYOUTS[layout].shape(shapes)
+        want = TRANSFORMS[transform].shape(shapes)
         if entry.shape != want:
             raise UserError(f"{entry.file}: tensor {entry.name} has shape {entry.shape}; config.json makes it {want}.")
-        plan.append(_Load(entry, paths, shapes, layout))
+        plan.append(_Load(entry, paths, shapes, transform))
         used.add(present[0])
     _check_unused({name: entry for name, entry in entries.items() if name not in used}, arch, cfg, plan)
     return plan
@@ -181,7 +182,8 @@ def write(
         cfg = dataclasses.replace(cfg, scan_layers=False)
     arch, target = choose(cfg)
     _check_params(cfg, params)
-    layers = tuple(_plain_layer(layer, cfg, target) for layer in params["layers"])
+    biases = {path: leaf for path, leaf in _layer_specs(target).items() if path[-1].endswith("_bias")}
+    layers = tuple(_plain_layer(layer, flat(cfg), flat(target).n_k_heads, biases) for layer in params["layers"])
     config = write_config(arch, target) | _token_ids(tokenizer, target)
     names = {str(np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(params)}
     if not names <= set(_DTYPES) or len(names) > 1:
@@ -213,27 +215,29 @@ def choose(cfg: ModelConfig) -> tuple[Architecture, ModelConfig]:
     Tried in order: as it is, then with biases of zero, then with K and V repeated to all N heads; the first that
     survives writing and reading unchanged. Raises UserError naming the field that none expresses.
     """
-    _refuse(cfg)
-    common = math.lcm(cfg.n_k_heads, cfg.n_v_heads)
-    absent = [name for name in ("qkv_bias", "o_bias", "mlp_bias") if not getattr(cfg, name)]
+    view = flat(cfg, "A Hugging Face export")
+    _refuse(view)
+    common = math.lcm(view.n_k_heads, view.n_v_heads)
+    absent = [name for name in ("qkv_bias", "o_bias", "mlp_bias") if not getattr(view, name)]
     nearest: tuple[int, str, Any, Any, str] | None = None
-    for heads, count in itertools.product(dict.fromkeys((common, cfg.n_heads)), range(len(absent) + 1)):
+    for heads, count in itertools.product(dict.fromkeys((common, view.n_heads)), range(len(absent) + 1)):
         for added in itertools.combinations(absent, count):
-            target = dataclasses.replace(
-                cfg, n_k_heads=heads, n_v_heads=heads, tied_kv=False, **dict.fromkeys(added, True)
+            target = canonical(
+                cfg.replace(n_k_heads=heads, n_v_heads=heads, tied_kv=False, **dict.fromkeys(added, True))
             )
-            target = canonical(target)
+            want = flat(target)
             for arch in ARCHITECTURES.values():
                 try:
-                    _, back = read_config(write_config(arch, target))
+                    _, read_back = read_config(write_config(arch, target))
                 except UserError:
                     continue
-                wrong = [f.name for f in dataclasses.fields(cfg) if getattr(back, f.name) != getattr(target, f.name)]
-                if not wrong:
+                if read_back == target:
                     return arch, target
+                back = flat(read_back)
+                wrong = [name for name in FIELDS if getattr(back, name) != getattr(want, name)]
                 if nearest is None or len(wrong) < nearest[0]:
                     field = wrong[0]
-                    nearest = (len(wrong), field, getattr(target, field), getattr(back, field), arch.model_type)
+                    nearest = (len(wrong), field, getattr(want, field), getattr(back, field), arch.model_type)
     if nearest is None:
         raise UserError("No Hugging Face architecture known here can hold this model's sizes; export another model.")
     _, field, ours, theirs, kind = nearest
@@ -243,13 +247,11 @@ def choose(cfg: ModelConfig) -> tuple[Architecture, ModelConfig]:
     )
 
 
-def _refuse(cfg: ModelConfig) -> None:
+def _refuse(cfg: Flat) -> None:
     """The refusals that deserve their own reason."""
     shared = [layer for layer, owner in enumerate(cfg.sources) if owner != layer]
     reason = None
-    if cfg.variant != "heads":
-        reason = f"model.variant is {cfg.variant!r}; Hugging Face architectures known here have plain heads only"
-    elif shared:
+    if shared:
         reason = (
             f"model.kv_source makes layer {shared[0]} read layer {cfg.sources[shared[0]]}'s K and V; Hugging "
             "Face models compute K and V of every layer from its own input, so no weights give the same function"
@@ -283,13 +285,16 @@ def _check_params(cfg: ModelConfig, params: dict[str, Any]) -> None:
             raise UserError(f"parameter {'.'.join(map(str, path))} has shape {have[path]}; the config has {shape}.")
 
 
-def _plain_layer(layer: dict[str, Any], cfg: ModelConfig, target: ModelConfig) -> dict[str, Any]:
-    """One layer's parameters under `target`: V written out, heads repeated, absent biases zero."""
+def _plain_layer(
+    layer: dict[str, Any], cfg: Flat, kv_heads: int, biases: dict[tuple, spec.ParamSpec]
+) -> dict[str, Any]:
+    """One layer's parameters as they are written: V written out, K and V repeated to `kv_heads`, those of `biases` that
+    it lacks zero."""
     attn, mlp = dict(layer["attn"]), dict(layer["mlp"])
     if cfg.tied_kv:
         attn |= {"v": attn["k"]} | ({"v_bias": attn["k_bias"]} if cfg.qkv_bias else {})
     for name, heads in (("k", cfg.n_k_heads), ("v", cfg.n_v_heads)):
-        times = target.n_k_heads // heads
+        times = kv_heads // heads
         if times > 1:
             attn[name] = jnp.repeat(attn[name], times, axis=1)
             if cfg.qkv_bias:
@@ -297,9 +302,9 @@ def _plain_layer(layer: dict[str, Any], cfg: ModelConfig, target: ModelConfig) -
             if name == "k" and cfg.qk_norm == "full":
                 attn["k_norm"] = {"scale": jnp.repeat(attn["k_norm"]["scale"], times, axis=0)}
     out = {**layer, "attn": attn, "mlp": mlp}
-    for path, leaf in _layer_specs(target).items():
+    for path, leaf in biases.items():
         group = functools.reduce(dict.__getitem__, path[:-1], out)
-        if path[-1] not in group and path[-1].endswith("_bias"):
+        if path[-1] not in group:
             group[path[-1]] = jnp.zeros(leaf.shape, attn["q"].dtype)
     return out
 
@@ -313,17 +318,17 @@ def _pending(arch: Architecture, cfg: ModelConfig, params: dict[str, Any]) -> It
     """The tensors to write, each fetched and laid out when its turn comes."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     leaves = {_path(path): leaf for path, leaf in flat}
-    for names, paths, layout in tensor_rows(arch, cfg.n_layers):
+    for names, paths, transform in tensor_rows(arch, cfg.n_layers):
         if paths[0] not in leaves:
             continue
         parts = tuple(leaves[path] for path in paths)
-        shape = LAYOUTS[layout].shape(tuple(part.shape for part in parts))
-        make = functools.partial(_make, layout, parts)
+        shape = TRANSFORMS[transform].shape(tuple(part.shape for part in parts))
+        make = functools.partial(_make, transform, parts)
         yield st.Pending(names[0], shape, np.dtype(parts[0].dtype), make)
 
 
-def _make(layout: str, parts: tuple[jax.Array, ...]) -> np.ndarray:
-    return LAYOUTS[layout].pack(tuple(np.asarray(jax.device_get(part)) for part in parts))
+def _make(transform: str, parts: tuple[jax.Array, ...]) -> np.ndarray:
+    return TRANSFORMS[transform].pack(tuple(np.asarray(jax.device_get(part)) for part in parts))
 
 
 def _token_ids(tokenizer: Any, cfg: ModelConfig) -> dict[str, Any]:

@@ -7,9 +7,10 @@ global and one for its sliding layers; gpt_neox names its keys `rotary_pct` and 
 import math
 from typing import Any
 
-from kvattn.config import ModelConfig, RopeConfig
+from kvattn.config import RopeConfig, shortest
 from kvattn.errors import UserError
-from kvattn.formats.config_rules import ROPE_FIELDS, Keys, Rule, pattern
+from kvattn.formats.config_rules import ROPE_FIELDS, Keys, Rule
+from kvattn.formats.flat import Flat
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings")
@@ -107,7 +108,7 @@ def _scaling(rope: RopeConfig) -> dict[str, Any] | None:
     return out
 
 
-def _write_rope(cfg: ModelConfig, out: dict[str, Any]) -> None:
+def _write_rope(cfg: Flat, out: dict[str, Any]) -> None:
     rope = cfg.rope(0) or RopeConfig()
     out |= {"rope_theta": rope.theta, "rope_scaling": _scaling(rope)}
 
@@ -141,7 +142,7 @@ def _read_rope_gemma3(keys: Keys, fields: dict[str, Any]) -> None:
         ropes[kind] = _rope(keys, f"rope_parameters.{kind}", raw, theta)
     n = fields["n_layers"]
     masks = [fields["masks"][layer % len(fields["masks"])] for layer in range(n)]
-    fields["ropes"] = pattern([ropes["sliding_attention" if mask.window else "full_attention"] for mask in masks])
+    fields["ropes"] = shortest([ropes["sliding_attention" if mask.window else "full_attention"] for mask in masks])
 
 
 def _is_object(keys: Keys) -> bool:
@@ -151,7 +152,7 @@ def _is_object(keys: Keys) -> bool:
     return True
 
 
-def _write_rope_gemma3(cfg: ModelConfig, out: dict[str, Any]) -> None:
+def _write_rope_gemma3(cfg: Flat, out: dict[str, Any]) -> None:
     kinds = {bool(cfg.mask(layer).window): cfg.rope(layer) for layer in range(cfg.n_layers)}
     local, full = kinds.get(True) or RopeConfig(), kinds.get(False) or RopeConfig(theta=1_000_000.0)
     out |= {"rope_theta": full.theta, "rope_local_base_freq": local.theta, "rope_scaling": _scaling(full)}
@@ -171,7 +172,7 @@ def _read_rope_neox(keys: Keys, fields: dict[str, Any]) -> None:
     fields["ropes"] = (rope,)
 
 
-def _write_rope_neox(cfg: ModelConfig, out: dict[str, Any]) -> None:
+def _write_rope_neox(cfg: Flat, out: dict[str, Any]) -> None:
     rope = cfg.rope(0) or RopeConfig()
     part = (rope.dim or cfg.head_dim) / cfg.head_dim
     if int(cfg.head_dim * part) != (rope.dim or cfg.head_dim):  # rounding went down: transformers truncates

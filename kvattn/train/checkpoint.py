@@ -29,7 +29,7 @@ from etils import epath
 
 from kvattn import config as config_lib
 from kvattn import model, spec
-from kvattn.config import Experiment, ModelConfig
+from kvattn.config import EXECUTION, Experiment, ModelConfig
 from kvattn.data import tokenizer as tokenizer_lib
 from kvattn.errors import UserError
 from kvattn.train.metrics import writing
@@ -37,7 +37,8 @@ from kvattn.train.step import TrainState
 
 FOLDER = "checkpoints"
 TOKENIZER = "tokenizer"
-FORMAT = 1
+FORMAT = 2  # of meta; 1 = one set of heads a model, conversions of one class
+READABLE = (1, FORMAT)
 WEIGHTS_ONLY = "converted"  # in the meta of a model without a run: what was converted, and how
 
 # Fields that may change between a run and its continuation: they do not change what is computed, or
@@ -54,9 +55,7 @@ FREE = (
     "steps",
     "variants",
     "checkpoint.dtype",
-    "model.kernel",
-    "model.decode_kernel",
-    "model.remat",
+    *(f"model.{name}" for name in EXECUTION if name != "scan_layers"),  # scanned weights are stacked otherwise
     "train.steps",
     "train.log_every",
     "train.checkpoint_every",
@@ -137,9 +136,10 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What `save` was given as meta, with format and step."""
+        """What `save` was given as meta, with format and step. Raises UserError for a format not known here."""
         with _reading(self.root / str(step)):
-            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            return _known(meta, self.root / str(step))
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Any]:
         """(state, data state) of `step`, every array born on the sharding `abstract` names."""
@@ -188,20 +188,25 @@ def make_meta(cfg: Experiment, model_config: ModelConfig) -> dict[str, Any]:
     return json.loads(json.dumps({"model": experiment["model"], "experiment": experiment}))
 
 
+def _known(meta: dict[str, Any], where: Any) -> dict[str, Any]:
+    """`meta`, of a format in READABLE. Raises UserError for another."""
+    if meta.get("format") not in READABLE:
+        raise UserError(
+            f"{where} has checkpoint format {meta.get('format')}, this version reads "
+            f"{' and '.join(map(str, READABLE))}; use the version that wrote it or another checkpoint or workdir."
+        )
+    return meta
+
+
 def check_same(saved: dict[str, Any], now: dict[str, Any], where: Any) -> None:
-    """Raises UserError: a checkpoint of weights alone, or naming the first field in which its meta differs from this
-    run's."""
-    if WEIGHTS_ONLY in saved:
+    """Raises UserError naming the first field in which a checkpoint's meta differs from this run's, an unknown format,
+    a model without a run, an old meta that has no form in this version."""
+    if WEIGHTS_ONLY in _known(saved, where):
         raise UserError(
             f"{where} holds a model, no run to go on with; name it in config.checkpoint.path and use a new "
             "config.workdir."
         )
-    if saved.get("format") != FORMAT:
-        raise UserError(
-            f"{where} has checkpoint format {saved.get('format')}, this version reads {FORMAT}; "
-            "resume with the version that wrote it or use a new config.workdir."
-        )
-    old, new = _flat(saved["experiment"]), _flat(now["experiment"])
+    old, new = (_flat(_comparable(meta["experiment"], where)) for meta in (saved, now))
     for name in sorted(old.keys() | new.keys()):
         if any(name == free or name.startswith(free + ".") for free in FREE):
             continue
@@ -212,18 +217,46 @@ def check_same(saved: dict[str, Any], now: dict[str, Any], where: Any) -> None:
             )
 
 
+def _comparable(experiment: dict[str, Any], where: Any) -> dict[str, Any]:
+    """An experiment of either format in the form of this version, without its free parts. Raises UserError where the
+    old form has no new one."""
+    kept = {name: value for name, value in experiment.items() if name not in FREE}
+    try:
+        kept["convert"] = [_conversion(step) for step in kept.get("convert", ())]
+        typed = config_lib.from_config_dict(kept, Experiment)
+    except UserError as error:
+        raise UserError(
+            f"{where} was written by another version and its experiment cannot be compared with this run's ({error}); "
+            "resume with the version that wrote it, or use a new config.workdir with config.checkpoint.path set to "
+            "this checkpoint."
+        ) from error
+    layers = config_lib.shortest(typed.model.every) if typed.model.layers else ()
+    typed = dataclasses.replace(typed, model=dataclasses.replace(typed.model, layers=layers))
+    return json.loads(json.dumps(config_lib.plain(typed)))
+
+
+# Fields of a conversion in format 1, one class for all kinds, with their defaults.
+_OLD_CONVERSION = {"k_heads": 0, "v_heads": 0, "method": "mean", "factor": 0, "owners": 0}
+_OLD_CONVERSION |= {"window": 0, "sinks": 0, "keep_every": 0}
+
+
+def _conversion(step: dict[str, Any]) -> dict[str, Any]:
+    """A conversion of either format with what its kind reads: format 1 has every field of every kind, at its default
+    where the kind has no use for it."""
+    if not _OLD_CONVERSION.keys() <= step.keys():
+        return step
+    return {name: value for name, value in step.items() if value != _OLD_CONVERSION.get(name)}
+
+
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}, "c": [{"d": 2}]} -> {"a.b": 1, "c[0].d": 2}; lists of plain values are kept."""
-    out: dict[str, Any] = {}
+    """Dotted name -> value; of a list of dicts, `name[i]`."""
     if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        for index, item in enumerate(tree):
-            out.update(_flat(item, f"{prefix}[{index}]"))
-        return out
-    if not isinstance(tree, dict):
+        named = {f"{prefix}[{i}]": item for i, item in enumerate(tree)}
+    elif isinstance(tree, dict):
+        named = {f"{prefix}.{key}" if prefix else key: value for key, value in tree.items()}
+    else:
         return {prefix: tree}
-    for key, value in tree.items():
-        out.update(_flat(value, f"{prefix}.{key}" if prefix else key))
-    return out
+    return {name: leaf for key, value in named.items() for name, leaf in _flat(value, key).items()}
 
 
 # --- reading without a run -----------------------------------------------------------------------------
@@ -265,7 +298,7 @@ def load_model(path: Any, dtype: str = "float32") -> tuple[ModelConfig, Any, Any
     """(model config, params in `dtype` on the first device, Tokenizer or None) of a workdir or step directory.
 
     Scanned layers come back unstacked, as decoding wants them. Raises UserError: no checkpoint there, a
-    damaged one.
+    damaged one, a format not known here.
     """
     folder = find_step(path)
     _silence()
@@ -294,7 +327,7 @@ def load_config(path: Any) -> tuple[ModelConfig, Any]:
 
 
 def _model_of(folder: epath.Path) -> ModelConfig:
-    meta = json.loads((folder / "meta" / "metadata").read_text())
+    meta = _known(json.loads((folder / "meta" / "metadata").read_text()), folder)
     return config_lib.from_config_dict(meta["model"], ModelConfig)
 
 

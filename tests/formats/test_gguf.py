@@ -1,6 +1,5 @@
 """GGUF: block formats against the gguf library, layouts against llama.cpp's conversion, damaged files."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ import pytest
 from hypothesis import strategies as st
 
 from kvattn import formats, model, spec
-from kvattn.config import ModelConfig, RopeConfig
+from kvattn.config import Layer, ModelConfig, RopeConfig
 from kvattn.errors import UserError
 from kvattn.formats import gguf, gguf_file, huggingface
 from tests.helpers import gguf_builder as build
@@ -105,10 +104,10 @@ def test_one_block_by_hand():
 
 MODELS = {
     "llama": ("llama", build.SMALL),
-    "tied": ("llama", dataclasses.replace(build.SMALL, tied_embeddings=True)),
-    "biases": ("llama", dataclasses.replace(build.SMALL, qkv_bias=True, o_bias=True, mlp_bias=True)),
-    "qwen2": ("qwen2", dataclasses.replace(build.SMALL, qkv_bias=True)),
-    "qwen3": ("qwen3", dataclasses.replace(build.SMALL, qk_norm="head")),
+    "tied": ("llama", build.SMALL.replace(tied_embeddings=True)),
+    "biases": ("llama", build.SMALL.replace(qkv_bias=True, o_bias=True, mlp_bias=True)),
+    "qwen2": ("qwen2", build.SMALL.replace(qkv_bias=True)),
+    "qwen3": ("qwen3", build.SMALL.replace(qk_norm="head")),
 }
 
 
@@ -130,7 +129,7 @@ def test_logits_are_transformers_logits(tmp_path, case):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     architecture, cfg = MODELS[case]
     dim = 128 if case == "qwen3" else 10  # transformers takes qwen3's default and ignores the key
-    cfg = dataclasses.replace(cfg, d_model=60, head_dim=dim, v_head_dim=dim, norm_eps=1e-3)
+    cfg = cfg.replace(d_model=60, head_dim=dim, v_head_dim=dim, norm_eps=1e-3)
     path = saved(tmp_path, cfg, architecture)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
     tokens = np.random.default_rng(1).integers(0, cfg.vocab_size, (2, 17))
@@ -145,7 +144,7 @@ def test_logits_are_transformers_logits(tmp_path, case):
 
 def test_quantised_tensors_and_bfloat16(tmp_path):
     """A file of mixed types read in both dtypes; the oracle dequantises with the gguf library."""
-    cfg = dataclasses.replace(build.SMALL, d_model=64, d_ff=256, head_dim=16, v_head_dim=16)
+    cfg = build.SMALL.replace(d_model=64, d_ff=256, head_dim=16, v_head_dim=16)
     plain = build.export(params_of(cfg), cfg)
     types = gguf_lib.GGMLQuantizationType
     mixed = {"blk.0.ffn_up.weight": types.Q4_0, "blk.1.ffn_up.weight": types.Q8_0, "blk.2.ffn_up.weight": types.Q4_1}
@@ -169,8 +168,9 @@ def test_smollm2_is_what_transformers_reads():
     golden = json.loads(GOLDEN.read_text())
     loaded = formats.load("smollm2")
     cfg, params = loaded.model, loaded.params
-    assert (cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_k_heads, cfg.head_dim) == (30, 576, 9, 3, 64)
-    assert cfg.tied_embeddings and cfg.ropes == (RopeConfig(theta=100000.0),) and cfg.max_length == 8192
+    heads, rope = cfg.attention(0), RopeConfig(theta=100000.0)
+    assert (cfg.n_layers, cfg.d_model, heads.n_heads, heads.n_k_heads, heads.head_dim) == (30, 576, 9, 3, 64)
+    assert cfg.tied_embeddings and cfg.layers == (Layer(heads, rope=rope),) and cfg.max_length == 8192
     d = cfg.d_model
     ours = {"model.embed_tokens.weight": params["embed"]["table"], "model.norm.weight": params["final_norm"]["scale"]}
     for layer in (0, 29):
@@ -230,23 +230,23 @@ def llama3_divisors(theta: float, dim: int, factor: float, length: int) -> np.nd
 
 def test_rope_scalings(tmp_path):
     theta = 10000.0
-    cfg = dataclasses.replace(build.SMALL, head_dim=26, ropes=(RopeConfig(theta=theta),))
+    cfg = build.SMALL.replace(head_dim=26, ropes=(RopeConfig(theta=theta),))
     divisors = llama3_divisors(theta, 26, 8.0, 8192)
     assert len(np.unique(divisors)) > 3  # the smooth part is in it
     got = gguf.read(saved(tmp_path, cfg, tensors={"rope_freqs.weight": divisors}))[0]
-    assert got.ropes == (RopeConfig(theta=theta, scaling="llama3", factor=8.0, original_length=8192),)
+    assert got.rope(0) == RopeConfig(theta=theta, scaling="llama3", factor=8.0, original_length=8192)
     ones = saved(tmp_path, cfg, tensors={"rope_freqs.weight": np.ones(13, np.float32)})
-    assert gguf.read(ones)[0].ropes == cfg.ropes
+    assert gguf.read(ones)[0].layers == cfg.layers
     short = llama3_divisors(theta, 26, 4.0, 512)
     named = saved(tmp_path, cfg, tensors={"rope_freqs.weight": short}, rope__scaling__original_context_length=512)
-    assert gguf.read(named)[0].ropes[0].original_length == 512
+    assert gguf.read(named)[0].rope(0).original_length == 512
     refused(saved(tmp_path, cfg, tensors={"rope_freqs.weight": short}), "rope_freqs.weight")
     refused(saved(tmp_path, cfg, tensors={"rope_freqs.weight": divisors[:-1]}), "rope_freqs.weight", "(13,)")
 
 
 def test_rope_keys(tmp_path):
     def rope(**changes):
-        return gguf.read(saved(tmp_path, **{"rope__" + k: v for k, v in changes.items()}))[0].ropes[0]
+        return gguf.read(saved(tmp_path, **{"rope__" + k: v for k, v in changes.items()}))[0].rope(0)
 
     linear = RopeConfig(theta=100.0, scaling="linear", factor=3.0)
     assert rope(scaling__type="linear", scaling__factor=3.0) == linear == rope(scale_linear=3.0)
@@ -263,7 +263,7 @@ def test_rope_keys(tmp_path):
     refused(saved(tmp_path, rope__scaling__type="longrope"), "rope.scaling.type", "longrope")
     refused(saved(tmp_path, rope__scaling__type="yarn", rope__scaling__yarn_ext_factor=0.5), "yarn_ext_factor")
     refused(saved(tmp_path, rope__dimension_count=8), "rope.dimension_count")
-    partial = dataclasses.replace(build.SMALL, qkv_bias=True, ropes=(RopeConfig(theta=100.0, dim=4),))
+    partial = build.SMALL.replace(qkv_bias=True, ropes=(RopeConfig(theta=100.0, dim=4),))
     assert gguf.read(saved(tmp_path, partial, "qwen2"))[0] == partial
 
 
@@ -364,7 +364,7 @@ def test_paths(tmp_path):
 
 
 def test_directories(tmp_path):
-    cfg = dataclasses.replace(build.SMALL, head_dim=14)
+    cfg = build.SMALL.replace(head_dim=14)
     huggingface.write(tmp_path / "hf", cfg, params_of(cfg))
     loaded = formats.load(tmp_path / "hf")
     assert loaded.model == cfg and loaded.source.endswith("hf") and loaded.tokenizer is None
@@ -385,7 +385,7 @@ def test_smollm2_missing_says_how_to_install(monkeypatch):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> bytes:
     """A small file with a tokenizer and three tensor types, 30 kB."""
-    cfg = dataclasses.replace(build.SMALL, d_model=32, n_layers=2)
+    cfg = build.SMALL.replace(d_model=32, n_layers=2)
     tokens = ["<s>", "</s>", *(chr(c) for c in range(97, 123)), "ab", "abc", "Ġ", "Ġa"]
     merges = ["a b", "ab c", "Ġ a"]
     metadata = build.byte_level_keys(tokens, merges, "smollm", ("<s>", "</s>"))

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from kvattn import cache, model, spec
-from kvattn.config import CacheConfig, MaskConfig, ModelConfig, RopeConfig
+from kvattn.attention import NoAttention
+from kvattn.config import EXECUTION, CacheConfig, HeadGroup, MaskConfig, RopeConfig
 from kvattn.errors import UserError
 from kvattn.formats import architectures
 from kvattn.formats import huggingface as hf
+from kvattn.formats.flat import FIELDS, flat
 from tests.helpers import tiny
 from tests.helpers.models import run, tokens_of
 from tests.helpers.paths import ROOT
@@ -62,7 +64,7 @@ def _every_way(params, cfg, tokens, *stores):
 def test_logits_are_those_of_transformers(name):
     cfg, params, tokens, want = golden(name)
     length = tokens.shape[1]
-    windows = [mask.window for mask in cfg.masks if mask.window]
+    windows = [layer.mask.window for layer in cfg.every if layer.mask.window]
     kinds = ("full", "by_mask") if windows else ("full",)
     caches = [cache.create(cfg, CacheConfig((kind,)), 1, length) for kind in kinds]
     assert all(window < PROMPT for window in windows)
@@ -205,7 +207,7 @@ def test_published_configs_give_the_published_number_of_parameters(name):
     _, cfg = architectures.read_config(raw)
     assert spec.count(model.param_specs(cfg)) == count
     for field, want in fields.items():
-        assert getattr(cfg, field) == want, field
+        assert getattr(flat(cfg), field) == want, field
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -284,8 +286,16 @@ def test_export_computes_the_same_function(name, tmp_path):
     params, tokens = random_params(cfg), tokens_of(cfg)
     assert hf.write(tmp_path / "out", cfg, params) == kind
     again, back, _ = hf.read(tmp_path / "out")
-    assert again.n_k_heads == again.n_v_heads
+    assert flat(again).n_k_heads == flat(again).n_v_heads
     close(run(back, again, tokens), run(params, cfg, tokens), F32_MODEL)
+
+
+HEADS = square().attention(0)
+
+
+def with_layer(cfg, **changes):
+    """`cfg` with a second layer of another kind."""
+    return dataclasses.replace(cfg, layers=(cfg.layer(0), dataclasses.replace(cfg.layer(0), **changes)))
 
 
 REFUSED = {
@@ -302,6 +312,14 @@ REFUSED = {
     "soft cap": (square(logit_soft_cap=5.0), "logit_soft_cap is 5.0"),
     "embed scale": (square(embed_scale=3.0), "embed_scale is 3.0"),
     "partial rotary": (square(ropes=(RopeConfig(50.0, 4),)), "ropes"),
+    "two families": (
+        with_layer(square(), attention=NoAttention()),
+        r"plain heads alike in all layers.*\(heads, none\)",
+    ),
+    "two head counts": (square(attentions=(HEADS, dataclasses.replace(HEADS, n_heads=3))), "alike in all layers"),
+    "head groups": (with_layer(square(), groups=(HeadGroup(1), HeadGroup(2, tiny.WINDOW))), "layer 1 .* has 2 groups"),
+    "a memory": (with_layer(square(), reads="memory", mask=MaskConfig(kind="full")), "layer 1 .* reads a memory"),
+    "a full view": (square(masks=(MaskConfig(kind="full"),)), r"model.masks is \(MaskConfig.*kind='full'"),
 }
 
 
@@ -321,8 +339,23 @@ def test_parameters_of_another_config_are_refused(tmp_path):
         hf.write(tmp_path / "out", square(tied_embeddings=False), params)
 
 
+@pytest.mark.parametrize("field", EXECUTION)
+def test_how_a_model_is_computed_decides_nothing_of_an_export(field):
+    other = {"kernel": "cudnn", "decode_kernel": "mosaic_gpu", "scan_layers": True, "remat": "full"}
+    assert hf.choose(square(**{field: other[field]})) == hf.choose(square())
+
+
+def test_a_model_that_ran_with_kernels_is_exported(tmp_path):
+    cfg = square(kernel="splash", decode_kernel="mosaic_tpu", remat="dots")
+    params = random_params(cfg)
+    assert hf.write(tmp_path / "out", cfg, params) == "mistral"
+    again, back, _ = hf.read(tmp_path / "out")
+    assert again == square()
+    _same_params(back, params)
+
+
 def test_every_field_of_the_model_matters_to_an_export():
-    """No ModelConfig field is dropped: changing any one changes the choice, the target or refuses."""
+    """No field of the model or its heads is dropped: changing any one changes the choice, the target or refuses."""
     base = square(d_model=60)
     _, plain = hf.choose(base)
     changes = {
@@ -336,7 +369,6 @@ def test_every_field_of_the_model_matters_to_an_export():
         "v_head_dim": 12,
         "d_ff": 41,
         "max_length": 99,
-        "variant": "x",
         "kv_source": (0, 0),
         "kv_norm": True,
         "masks": (MaskConfig(4),),
@@ -357,11 +389,10 @@ def test_every_field_of_the_model_matters_to_an_export():
         "embed_scale": 2.0,
         "logit_soft_cap": 3.0,
     }
-    execution = {"kernel", "decode_kernel", "scan_layers", "remat", "tied_kv"}  # tied_kv: as V = K, tested above
-    assert set(changes) | execution == {field.name for field in dataclasses.fields(ModelConfig)}
+    assert set(changes) | {*EXECUTION, "tied_kv"} == set(FIELDS)  # tied_kv: as V = K, tested above
     for field, value in changes.items():
         try:
-            _, target = hf.choose(dataclasses.replace(base, **{field: value}))
+            _, target = hf.choose(base.replace(**{field: value}))
         except UserError:
             continue
         assert target != plain, field

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 
+from kvattn.attention.heads import heads_model
 from kvattn.config import ModelConfig
 from kvattn.errors import UserError
 from kvattn.formats import huggingface as hf
@@ -359,7 +360,7 @@ def test_arbitrary_bytes_as_weights(scratch, raw):
 
 def wide_model(tmp_path):
     """A directory of 16 equal layers, 12 MB in float16, and its path."""
-    cfg = ModelConfig(
+    cfg = heads_model(
         vocab_size=97,
         d_model=96,
         n_layers=16,

@@ -10,10 +10,12 @@ from typing import Any
 import gguf
 import numpy as np
 
+from kvattn.attention.heads import heads_model
 from kvattn.config import ModelConfig, RopeConfig
+from kvattn.formats.flat import flat
 
 # D, N, K, H, V, F, L, W; D and F are multiples of no quantisation block on purpose
-SMALL = ModelConfig(
+SMALL = heads_model(
     vocab_size=71,
     d_model=28,
     n_layers=3,
@@ -38,6 +40,7 @@ def permute(weights: np.ndarray, heads: int) -> np.ndarray:
 
 def export(params: Any, cfg: ModelConfig, interleaved: bool = True) -> dict[str, np.ndarray]:
     """Parameters as GGUF tensors in NumPy order ([out, in] matrices)."""
+    cfg = flat(cfg)
     turn = permute if interleaved else lambda weights, heads: weights
     array = lambda x: np.asarray(x, np.float32)  # noqa: E731
     rows = lambda x: array(x).reshape(cfg.d_model, -1).T  # noqa: E731
@@ -76,7 +79,7 @@ def export(params: Any, cfg: ModelConfig, interleaved: bool = True) -> dict[str,
 
 def keys(cfg: ModelConfig, architecture: str = "llama") -> dict[str, Any]:
     """The metadata that describes `cfg`, key -> value."""
-    pre = architecture + "."
+    pre, cfg = architecture + ".", flat(cfg)
     return {
         pre + "block_count": cfg.n_layers,
         pre + "context_length": cfg.max_length,
