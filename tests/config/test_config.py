@@ -31,7 +31,7 @@ def test_the_config_dict_is_locked_all_the_way_down():
 
 def changed(path, value):
     """EXPERIMENT as nested dictionaries with one field changed."""
-    tree = dataclasses.asdict(EXPERIMENT)
+    tree = c.plain(EXPERIMENT)
     holder = tree
     *parents, last = path.split(".")
     for parent in parents:
@@ -134,9 +134,9 @@ def test_illegal_combinations_of_a_model(changes, field):
 @pytest.mark.parametrize(
     ("step", "field"),
     [
-        (c.Conversion.of("gqua", k_heads=1), "convert.kind='gqua'"),
-        (c.Conversion.of("gqa", k_heads=1, factor=2), "convert.factor=2"),
-        (c.Conversion.of("cla", factor=2, method="random"), "convert.method='random'"),
+        (c.Conversion.of("gqa"), "convert.k_heads is 0"),
+        (c.Conversion.of("cla", factor=2, method="random"), "convert.method is 'random'"),
+        (c.Conversion.of("window", window=3, sinks=-1), "convert.sinks is -1"),
     ],
 )
 def test_bad_conversions_show_before_anything_is_loaded(step, field):
@@ -146,6 +146,23 @@ def test_bad_conversions_show_before_anything_is_loaded(step, field):
         with pytest.raises(UserError) as error:
             c.validate(dataclasses.replace(EXPERIMENT, **changes))
         assert field in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"kind": "gqua", "k_heads": 1}, "convert[0].kind is 'gqua' (nearest valid: gqa)"),
+        ({"kind": "gqa", "k_heads": 1, "factor": 2}, "convert[0].factor is no field of Gqa"),
+        ({"k_heads": 1}, "convert[0].kind is missing; choose one of cla, first_half, gqa"),
+    ],
+)
+def test_unknown_conversions_and_fields_are_named(step, message):
+    with pytest.raises(UserError) as error:
+        c.from_config_dict(changed("convert", (step,)))
+    assert message in str(error.value)
+    if "kind" in step:
+        with pytest.raises(UserError):
+            c.Conversion.of(step.pop("kind"), **step)
 
 
 def test_a_ring_needs_a_window_in_every_reader():
