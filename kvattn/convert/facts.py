@@ -26,6 +26,7 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,7 +87,7 @@ def load(path: str | os.PathLike) -> Facts:
                     layer, _, name = key.partition("/")
                     moments[int(layer)][name] = file[key]
         return Facts(about["tokens"], moments, about["sources"])
-    except (OSError, ValueError, KeyError, EOFError, IndexError) as error:
+    except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds no facts ({type(error).__name__}); gather them again.") from error
 
 

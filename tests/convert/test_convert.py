@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from kvattn import account, convert, model
-from kvattn.config import CacheConfig, Conversion, MaskConfig, ModelConfig
+from kvattn.attention import Heads, NoAttention
+from kvattn.config import Attention, CacheConfig, Conversion, HeadGroup, MaskConfig, ModelConfig
 from kvattn.convert import report
 from kvattn.convert.cla import cla_sources
 from kvattn.convert.first_half import first_half_sources
@@ -317,6 +318,111 @@ def test_converted_tiny_models_run(tiny_case):
     result = convert.convert(params, cfg, step)
     assert_fits_its_config(result)
     assert account.kv_bytes_per_token(result.model, CacheConfig()) * 2 == account.kv_bytes_per_token(cfg, CacheConfig())
+
+
+# --- layers that differ ---
+
+
+def mixed(*attentions, **changes):
+    """The tiny model with these families, one after the other."""
+    return tiny.config(**changes).replace(attentions=attentions)
+
+
+WIDE = tiny.BASE.replace(n_k_heads=6, n_v_heads=6).attention(0)
+NARROW = tiny.BASE.attention(0)  # 3 key and 3 value heads
+FOREIGN = "tests_foreign"
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign(Heads, tag=FOREIGN):
+    """Heads of another name: whoever knows heads alone cannot convert it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat(Heads, tag=f"{FOREIGN}_flat"):
+    """A family that says it has no softmax, as linear attention does."""
+
+    def softmax(self, cfg):
+        return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_the_registry_as_it_was():
+    yield
+    for tag in (FOREIGN, f"{FOREIGN}_flat"):
+        Attention.members.pop(tag)
+
+
+def test_each_layer_is_pooled_from_its_own_heads():
+    """6 heads in some layers and 3 in others, all to 3 or to 1; a layer without attention stays."""
+    cfg = mixed(WIDE, NARROW, NoAttention(), WIDE)
+    params = random_params(cfg)
+    three = convert_one(params, cfg, Conversion.of("gqa", k_heads=3))
+    assert "3/6 key and 3/6 value heads -> 3 and 3" in three.note
+    assert three.params["layers"][1]["attn"]["k"] is params["layers"][1]["attn"]["k"]
+    for result in (three, convert_one(params, cfg, Conversion.of("gqa", k_heads=1, method="random"), rng=RNG)):
+        assert_fits_its_config(result)
+        assert result.model.attention(2) == NoAttention()
+        run(result.params, result.model)
+    k = np.asarray(params["layers"][3]["attn"]["k"], np.float64)
+    close(three.params["layers"][3]["attn"]["k"], k.reshape(28, 3, 2, 10).mean(2), F32_OP)
+    fresh = convert_one(params, cfg, Conversion.of("gqa", k_heads=3, method="random"), rng=RNG).params["layers"]
+    assert fresh[1]["attn"]["v"] is params["layers"][1]["attn"]["v"], "nothing is drawn where no head is removed"
+    close(fresh[3]["attn"]["k"], model.init(RNG, three.model)["layers"][3]["attn"]["k"], EXACT)
+
+
+def test_a_window_narrows_each_head_group_and_leaves_a_layer_without_attention():
+    groups = (HeadGroup(1), HeadGroup(2, MaskConfig(window=3)))
+    layer = dataclasses.replace(tiny.BASE.layer(0), groups=groups)
+    none = dataclasses.replace(tiny.BASE.layer(0), attention=NoAttention())
+    cfg = dataclasses.replace(tiny.BASE, layers=(layer, none))
+    result = convert_one(random_params(cfg), cfg, Conversion.of("window", window=5))
+    assert [g.mask.window for g in result.model.layer(0).groups] == [5, 3]
+    assert result.model.layer(1) == none
+    assert "on 2 of 4 layers" in result.note
+
+
+def test_layers_of_a_foreign_family_share_like_any_other():
+    """An owner's K/V parameters are asked of the family; nothing is proved exact of one that is not known."""
+    cfg = mixed(Foreign(**dataclasses.asdict(NARROW)), kv_norm=True)
+    plain = tiny.config(kv_norm=True)
+    params = random_params(cfg)
+    step = Conversion.of("cla", factor=2, method="running")
+    result = convert_one(params, cfg, step)
+    assert_fits_its_config(result)
+    jax.tree.map(lambda a, b: close(a, b, EXACT), result.params, convert_one(params, plain, step).params)
+    one = convert_one(params, cfg, Conversion.of("cla", factor=1))
+    assert one.exact
+    silent = jax.tree.map(jnp.zeros_like, params)
+    assert convert_one(silent, plain, step).exact
+    assert not convert_one(silent, cfg, step).exact
+
+
+@pytest.mark.parametrize(
+    ("step", "attentions", "words"),
+    [
+        (Conversion.of("gqa", k_heads=1), (NARROW, Foreign()), ("layer 1", FOREIGN, "plain heads")),
+        (Conversion.of("mlkv", owners=2, k_heads=1), (NARROW, Foreign()), ("layer 1", FOREIGN)),
+        (Conversion.of("gqa", k_heads=6), (WIDE, NARROW), ("layer 1", "'heads'", "3 heads", "1, 3")),
+        (Conversion.of("cla", factor=2), (NARROW, WIDE), ("layer 1 ('heads') read layer 0 ('heads')",)),
+        (Conversion.of("cla", factor=2), (NARROW, NoAttention()), ("layer 1 ('none')", "leaves nothing")),
+        (Conversion.of("first_half"), (NARROW, NoAttention()), ("layer 2 ('heads') read layer 1 ('none')",)),
+    ],
+)
+def test_a_family_that_cannot_be_converted_is_named_with_its_layer(step, attentions, words):
+    with pytest.raises(UserError) as caught:
+        convert.plan(mixed(*attentions), (step,))
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_window_is_refused_where_there_is_no_causal_softmax():
+    cfg = tiny.config(masks=(MaskConfig(), MaskConfig(kind="full")))
+    with pytest.raises(UserError, match="layer 1 is 'full'"):
+        convert.plan(cfg, (Conversion.of("window", window=5),))
+    assert convert.plan(cfg, (Conversion.of("window", window=5, keep_every=2),)).mask(1).kind == "full"
+    with pytest.raises(UserError, match=rf"layer 1 \('{FOREIGN}_flat'\) has none"):
+        convert.plan(mixed(NARROW, Flat(**dataclasses.asdict(NARROW))), (Conversion.of("window", window=5),))
 
 
 # --- windows -------------------------------------------------------------------------------------------
