@@ -17,7 +17,7 @@ def get_config(method: str = "mean"):
     return base.experiment(
         name=f"uptrain_gqa_{method}",
         checkpoint=base.SMOLLM2,
-        convert=(c.ConvertConfig(kind="gqa", k_heads=1, method=method),),
+        convert=(c.Conversion.of("gqa", k_heads=1, method=method),),
         data=c.DataConfig(batch_size=4, seq_len=128),
         optimizer=c.OptimizerConfig(learning_rate=3e-4, warmup_steps=6, weight_decay=0.01),
         train=c.TrainConfig(steps=60, log_every=5, checkpoint_every=20, distill=c.DistillConfig(1.0, 1.0, 1.0)),

@@ -20,7 +20,7 @@ def get_config(shape: str = "6x1"):
     return base.experiment(
         name=f"uptrain_mlkv_{shape}",
         checkpoint=c.CheckpointConfig(path="pythia-160m-deduped"),
-        convert=(c.ConvertConfig(kind="mlkv", owners=owners, k_heads=heads, method="running"),),
+        convert=(c.Conversion.of("mlkv", owners=owners, k_heads=heads, method="running"),),
         data=c.DataConfig(source="text_files", paths=("corpus/*.txt",), batch_size=24, seq_len=2048),
         optimizer=c.OptimizerConfig(learning_rate=6e-4, warmup_steps=20000, weight_decay=0.01),
         train=c.TrainConfig(steps=102500, compute_dtype="bfloat16", log_every=50, checkpoint_every=1000),

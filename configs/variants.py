@@ -4,15 +4,15 @@ Adding a variant to the study is adding a row here. The conversions and their or
 kvattn/convert/; the papers are GQA 2305.13245, CLA 2405.12981, MLKV 2406.09297, StreamingLLM 2309.17453.
 """
 
-from kvattn.config import CacheConfig, ConvertConfig, VariantConfig
+from kvattn.config import CacheConfig, Conversion, VariantConfig
 from kvattn.errors import UserError
 
-_MQA = ConvertConfig(kind="gqa", k_heads=1)
-_CLA2 = ConvertConfig(kind="cla", factor=2)
-_CLA3 = ConvertConfig(kind="cla", factor=3)
-_HALF = ConvertConfig(kind="first_half")
+_MQA = Conversion.of("gqa", k_heads=1)
+_CLA2 = Conversion.of("cla", factor=2)
+_CLA3 = Conversion.of("cla", factor=3)
+_HALF = Conversion.of("first_half")
 # Two layers of three see 128 tokens and 4 sinks, every third sees everything.
-_WINDOW = ConvertConfig(kind="window", window=128, sinks=4, keep_every=3)
+_WINDOW = Conversion.of("window", window=128, sinks=4, keep_every=3)
 
 _BY_MASK = CacheConfig(kinds=("by_mask",))
 _BF16 = CacheConfig(dtype="bfloat16")
@@ -28,14 +28,14 @@ ROWS: dict[str, VariantConfig] = {
         VariantConfig("base_int4_channel", cache=CacheConfig(dtype="int4", key_scale="channel")),
         VariantConfig("base_paged", cache=CacheConfig(kinds=("paged",))),
         VariantConfig("mqa", (_MQA,)),
-        VariantConfig("mqa_first", (ConvertConfig(kind="gqa", k_heads=1, method="first"),)),
-        VariantConfig("mqa_random", (ConvertConfig(kind="gqa", k_heads=1, method="random"),)),
-        VariantConfig("v1", (ConvertConfig(kind="gqa", k_heads=3, v_heads=1),)),
-        VariantConfig("k1", (ConvertConfig(kind="gqa", k_heads=1, v_heads=3),)),
+        VariantConfig("mqa_first", (Conversion.of("gqa", k_heads=1, method="first"),)),
+        VariantConfig("mqa_random", (Conversion.of("gqa", k_heads=1, method="random"),)),
+        VariantConfig("v1", (Conversion.of("gqa", k_heads=3, v_heads=1),)),
+        VariantConfig("k1", (Conversion.of("gqa", k_heads=1, v_heads=3),)),
         VariantConfig("cla2", (_CLA2,)),
         VariantConfig("cla3", (_CLA3,)),
         VariantConfig("first_half", (_HALF,)),
-        VariantConfig("mlkv", (ConvertConfig(kind="mlkv", owners=10, k_heads=1, method="running"),)),
+        VariantConfig("mlkv", (Conversion.of("mlkv", owners=10, k_heads=1, method="running"),)),
         VariantConfig("mqa_cla2", (_MQA, _CLA2)),
         VariantConfig("mqa_cla3", (_MQA, _CLA3)),
         VariantConfig("window_sinks", (_WINDOW,), _BY_MASK),

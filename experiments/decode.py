@@ -8,14 +8,14 @@ python -m experiments.decode --prompt_file=FILE --json        (--prompt=- reads 
 import json
 import sys
 
-import jax
 from absl import flags
 
 from experiments.common import cli, files
-from kvattn import account, convert, formats
-from kvattn.config import Experiment, executed
+from kvattn import account
+from kvattn.config import Experiment
 from kvattn.data import batches as data
 from kvattn.decode import generation as decode
+from kvattn.prepare import prepare
 
 JSON = flags.DEFINE_bool("json", False, "print one line of JSON on stdout instead of streaming")
 FILE = flags.DEFINE_string("prompt_file", "", "read the prompt from this file")
@@ -24,15 +24,13 @@ FILE = flags.DEFINE_string("prompt_file", "", "read the prompt from this file")
 def main(cfg: Experiment) -> None:
     files.check_checkpoint(cfg, "decode")
     prompt = files.read_prompt(FILE.value, cfg.decode.prompt)
-    loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
-    made = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=jax.random.key(cfg.seed))
-    model = executed(made.model, cfg.model)
-    tokenizer = data.tokenizer_for(cfg.data, loaded.tokenizer)
+    made = prepare(cfg)
+    tokenizer = data.tokenizer_for(cfg.data, made.tokenizer)
     ids = decode.encode_prompt(tokenizer, prompt, cfg.decode.chat)
     say = tokenizer.stream()
     result = decode.generate(
         made.params,
-        model,
+        made.model,
         [ids],
         cfg.decode,
         cfg.cache,
@@ -46,7 +44,7 @@ def main(cfg: Experiment) -> None:
         "prefill_seconds": round(result.prefill_seconds, 4),
         "compile_seconds": round(result.compile_seconds, 2),
         "cache_bytes": result.cache_bytes,
-        "kv_bytes_per_token": account.kv_bytes_per_token(model, cfg.cache),
+        "kv_bytes_per_token": account.kv_bytes_per_token(made.model, cfg.cache),
     }
     if JSON.value:
         text = tokenizer.decode(result.tokens[0], skip_special=True)

@@ -11,13 +11,15 @@ from absl import flags
 from experiments.common import cli, files
 from kvattn.config import Experiment
 from kvattn.evaluate import perplexity as evaluate
+from kvattn.prepare import prepare
 
 JSON = flags.DEFINE_bool("json", False, "print the result as one line of JSON on stdout")
 
 
 def main(cfg: Experiment) -> None:
     files.check_checkpoint(cfg, "evaluate")
-    result = evaluate.run_checkpoint(cfg)
+    evaluate.check_mesh(cfg)
+    result = evaluate.run_prepared(cfg, prepare(cfg))
     print(json.dumps(result) if JSON.value else evaluate.describe(result))
 
 

@@ -9,6 +9,7 @@ KVATTN_DISTRIBUTED=1 where jax finds them by itself; experiments.launch does eit
 """
 
 from experiments.common import cli
+from kvattn import prepare
 from kvattn.config import Experiment
 from kvattn.errors import UserError
 from kvattn.train import loop as train
@@ -17,7 +18,8 @@ from kvattn.train import loop as train
 def main(cfg: Experiment) -> int:
     if not cfg.workdir:
         raise UserError("config.workdir is empty; name the directory for checkpoints and metrics.")
-    train.run(cfg)
+    train.join_processes()
+    train.fit_prepared(cfg, prepare.for_training(cfg))
     return 0
 
 

@@ -23,7 +23,7 @@ from kvattn.spec import ParamSpec
 from kvattn.typed import shaped
 from sharding import reduce, reshard, settle
 
-COLLECTED = ("attention", "inputs", "queries")
+COLLECTED = ("attention", "inputs", "kv_inputs", "queries")
 
 
 @flax.struct.dataclass
@@ -136,8 +136,8 @@ def forward(
     """Logits of every position (or the last), and the caches with the tokens appended (None without caches).
 
     `collect` also returns, a tuple over layers each: `attention`, the output [B,T,D] before the residual add; `inputs`,
-    what the attention reads [B,T,D]; `queries` (softmax families), q[B,T,N,H]. Raises UserError for segment ids or a
-    memory where the model has no place for them.
+    what the attention reads [B,T,D]; `kv_inputs`, what K and V are made from (the same without kv_norm); `queries`
+    (softmax families), q[B,T,N,H]. Raises UserError for segment ids or a memory where the model has no place for them.
     """
     x, caches, collected = hidden(params, cfg, inputs, caches=caches, collect=collect)
     if inputs.last_only:
@@ -337,6 +337,8 @@ def attend_layer(params, cfg, layer, h, h_kv, this, cache, view, asked=()):
                 seen["pending"] = Pending(made.entries, h_kv if made.state else None)
     if "inputs" in asked:
         seen["inputs"] = h
+    if "kv_inputs" in asked:
+        seen["kv_inputs"] = h_kv
     if "queries" in asked:
         seen["queries"] = family.queries(params, cfg, layer, h, where)
     return family.attend(params, cfg, layer, h, where, view), view, cache, seen

@@ -16,12 +16,13 @@ import numpy as np
 from experiments.study import report as study_report
 from experiments.study.progress import Progress
 from experiments.study.results import Results, row_dir
-from kvattn import account, convert, formats
-from kvattn.config import CacheConfig, DecodeConfig, Experiment, StudyConfig, VariantConfig, executed
+from kvattn import account, formats
+from kvattn.config import CacheConfig, DecodeConfig, Experiment, StudyConfig, VariantConfig
 from kvattn.convert import report as measure
 from kvattn.data import batches as data
 from kvattn.decode import generation as decode
 from kvattn.evaluate import perplexity as evaluate
+from kvattn.prepare import Prepared, prepare, prepare_loaded
 from kvattn.train import loop as train
 from kvattn.train.losses import Teacher
 from sharding.cost.hardware import measure_cpu, of_device
@@ -76,15 +77,13 @@ class Phases:
             record["kl"] = self._kl(row, trained)
         return record | self._decode(row, trained)
 
-    def _convert(self, row: VariantConfig) -> convert.Converted:
+    def _convert(self, row: VariantConfig) -> Prepared:
         if row.model is not None:
-            return convert.Converted(row.model, None, True, "from scratch")
+            return prepare(dataclasses.replace(self.cfg, model=row.model), weights=False)
         self.show.now(f"{row.name}: converting")
-        rng = jax.random.fold_in(jax.random.key(self.cfg.seed), 1)
-        made = convert.convert_all(self.base.params, self.base.model, row.convert, rng=rng)
-        return dataclasses.replace(made, model=executed(made.model, self.cfg.model))
+        return prepare_loaded(dataclasses.replace(self.cfg, convert=row.convert), self.base)
 
-    def _train(self, row: VariantConfig) -> tuple[train.FitResult, convert.Converted]:
+    def _train(self, row: VariantConfig) -> tuple[train.FitResult, Prepared]:
         made, steps = self._convert(row), self.cfg.train.steps
         cfg = dataclasses.replace(
             self.cfg,

@@ -20,13 +20,16 @@ class CheckpointConfig:
     path: str = ""
     dtype: str = "float32"
 
+    def check(self) -> None:
+        """Raises UserError for a dtype that weights are not read in."""
+        choice(self.dtype, ("float32", "bfloat16"), "checkpoint.dtype")
+
 
 class Conversion(Tagged, root="kind"):
     """Root of every conversion's config; kvattn.convert.base.Method says what a conversion must provide."""
 
     def check(self) -> None:
-        """Raises UserError for a dtype that weights are not read in."""
-        choice(self.dtype, ("float32", "bfloat16"), "checkpoint.dtype")
+        """Raises UserError for the first illegal field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,11 @@ class DistillConfig:
     logit_kl: float = 0.0
     attention_mse: float = 0.0
     temperature: float = 1.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss has a distillation term."""
+        return bool(self.logit_kl or self.attention_mse)
 
     def check(self) -> None:
         """Raises UserError for a negative weight, or none at all."""

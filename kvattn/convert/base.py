@@ -1,14 +1,26 @@
-"""What every conversion returns, and the checks they share."""
+"""What a conversion method provides, what it is given and what it returns. A method is a frozen dataclass in a file of
+its own and a line in kvattn/convert/__init__.py:
+
+    @dataclasses.dataclass(frozen=True)
+    class Halve(Method, tag="halve"):
+        layer: int = 0                          # its fields: what a config sets
+        wants = ("inputs",)                     # facts that it reads (kvattn.convert.facts)
+
+        def check(self): ...                    # one sentence for an illegal field
+        def plan(self, cfg, facts=None): ...    # the new config
+        def apply(self, params, cfg, context): ...      # -> Converted
+"""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from kvattn.config import ConvertConfig, ModelConfig
-from kvattn.errors import UserError
+from kvattn.config import Conversion, ModelConfig
+from kvattn.convert.facts import Facts
+from kvattn.model import Inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,49 +28,45 @@ class Converted:
     """A converted model.
 
     `exact` is True only where the weights prove that the function is unchanged, up to rounding, for every
-    input; `note` says in a sentence what was done and, where it is not exact, what that rests on.
+    input; `note` says in a sentence what was done and, where it is not exact, what that rests on. `facts`: what was
+    gathered for each step, None for a step that wants nothing.
     """
 
     model: ModelConfig
     params: Any
     exact: bool
     note: str
+    facts: tuple[Facts | None, ...] = ()
 
 
-# Which fields of a ConvertConfig each kind reads; the others must keep their default.
-FIELDS: dict[str, tuple[str, ...]] = {
-    "gqa": ("k_heads", "v_heads", "method"),
-    "cla": ("factor", "method"),
-    "mlkv": ("owners", "k_heads", "v_heads", "method"),
-    "first_half": ("method",),
-    "window": ("window", "sinks", "keep_every"),
-}
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a method may use beside weights. `rng`: the key of its random draws. `facts`: what it `wants`, of the model
+    that it is given. `batches`: the calibration text behind them, tokens[B,T] each."""
 
-METHODS: dict[str, tuple[str, ...]] = {
-    "gqa": ("mean", "first", "random"),
-    "cla": ("mean", "running", "first"),
-    "mlkv": ("mean", "running", "first"),
-    "first_half": ("mean", "running", "first"),
-}
+    rng: jax.Array | None = None
+    facts: Facts | None = None
+    batches: tuple[Inputs, ...] = ()
 
 
-def check(step: ConvertConfig) -> None:
-    """Raises UserError for an unknown kind, a method it does not have, or a set field that it would ignore."""
-    if step.kind not in FIELDS:
-        raise UserError(f"convert.kind={step.kind!r} is none of {', '.join(FIELDS)}.")
-    used = FIELDS[step.kind]
-    for field in dataclasses.fields(step):
-        value = getattr(step, field.name)
-        if field.name not in ("kind", *used) and value != field.default:
-            raise UserError(
-                f"convert.{field.name}={value!r} has no meaning for kind={step.kind!r}, which reads "
-                f"{', '.join(used)}; leave it at {field.default!r}."
-            )
-    if step.kind in METHODS and step.method not in METHODS[step.kind]:
-        raise UserError(
-            f"convert.method={step.method!r} is none of {', '.join(METHODS[step.kind])}, "
-            f"the methods of kind={step.kind!r}."
-        )
+NOTHING = Context()
+
+
+class Method(Conversion):
+    """Base of all conversions. `plan` needs no weights; `apply` changes no array in place and shares every leaf that
+    it does not touch. `wants`: names of facts, () = none; `calibration_tokens`: of text behind them."""
+
+    wants: ClassVar[tuple[str, ...]] = ()
+    calibration_tokens: ClassVar[int] = 8192
+
+    def plan(self, cfg: ModelConfig, facts: Facts | None = None) -> ModelConfig:
+        """The config of the converted model. Without `facts` (ledgers, and the check before a checkpoint is read) a
+        method whose sizes depend on them plans without them. Raises UserError where `cfg` cannot be converted."""
+        raise NotImplementedError
+
+    def apply(self, params: Any, cfg: ModelConfig, context: Context) -> Converted:
+        """The weights of `plan(cfg, context.facts)`. Raises UserError as `plan`, or for what the context lacks."""
+        raise NotImplementedError
 
 
 def replace_layers(params: Mapping[str, Any], changes: Mapping[int, Any]) -> dict[str, Any]:

@@ -12,13 +12,12 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import numpy as np
 import rich.console
 import rich.progress
 
-from kvattn import account, convert, formats
-from kvattn.config import CacheConfig, Experiment, ModelConfig, executed
+from kvattn import account
+from kvattn.config import CacheConfig, Experiment, ModelConfig
 from kvattn.data import batches as data
 from kvattn.data import corpora
 from kvattn.errors import UserError
@@ -180,20 +179,16 @@ def run(
     return out
 
 
-def run_checkpoint(cfg: Experiment) -> dict[str, Any]:
-    """Loads `cfg.checkpoint`, converts it as `cfg.convert` says, and runs `run` with a progress bar on stderr.
-
-    The result also names the checkpoint, the conversions and the cache's bytes per token. Raises UserError:
-    no checkpoint is named, a mesh of several devices, or anything that loading, converting or `run` raises.
-    """
-    if not cfg.checkpoint.path:
-        raise UserError("checkpoint.path is empty; name the checkpoint to evaluate.")
+def check_mesh(cfg: Experiment) -> None:
+    """Raises UserError for a mesh of several devices: evaluation runs on one."""
     if (cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor) != (1, 1, 1):
         raise UserError("mesh has several devices but evaluation runs on one; leave config.mesh at 1.")
-    loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
-    key = jax.random.fold_in(jax.random.key(cfg.seed), 1)  # as in train.run: the same random heads
-    made = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=key)
-    model_cfg = executed(made.model, cfg.model)
+
+
+def run_prepared(cfg: Experiment, made: Any) -> dict[str, Any]:
+    """`run` of a kvattn.prepare.Prepared with a progress bar on stderr; the result also names the checkpoint, the
+    conversions and the cache's bytes per token. Raises UserError: a mesh of several devices, and as `run`."""
+    check_mesh(cfg)
     columns = "{task.description} {task.completed}/{task.total}"
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(columns, rich.progress.BarColumn(), console=console, transient=True) as bar:
@@ -201,17 +196,17 @@ def run_checkpoint(cfg: Experiment) -> dict[str, Any]:
         result = run(
             cfg,
             made.params,
-            model_cfg,
-            loaded.tokenizer,
+            made.model,
+            made.tokenizer,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    about = {"checkpoint": loaded.source, "conversions": made.note, "cache": dataclasses.asdict(cfg.cache)}
-    about["kv_bytes_per_token"] = account.kv_bytes_per_token(model_cfg, cfg.cache)
+    about = {"checkpoint": made.source, "conversions": made.note, "cache": dataclasses.asdict(cfg.cache)}
+    about["kv_bytes_per_token"] = account.kv_bytes_per_token(made.model, cfg.cache)
     return about | result
 
 
 def describe(result: dict[str, Any]) -> str:
-    """A result of `run_checkpoint` as a few lines of text."""
+    """A result of `run_prepared` as a few lines of text."""
     lines = [f"{result['checkpoint']} ({result['conversions']}), {result['kv_bytes_per_token']} KV bytes per token"]
     if "ppl" in result:
         lines.append(

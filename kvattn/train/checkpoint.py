@@ -30,6 +30,7 @@ from etils import epath
 from kvattn import config as config_lib
 from kvattn import model, spec
 from kvattn.config import EXECUTION, Experiment, ModelConfig
+from kvattn.data import tokenizer as tokenizer_lib
 from kvattn.errors import UserError
 from kvattn.train.metrics import writing
 from kvattn.train.step import TrainState
@@ -38,6 +39,7 @@ FOLDER = "checkpoints"
 TOKENIZER = "tokenizer"
 FORMAT = 2  # of meta; 1 = one set of heads a model, conversions of one class
 READABLE = (1, FORMAT)
+WEIGHTS_ONLY = "converted"  # in the meta of a model without a run: what was converted, and how
 
 # Fields that may change between a run and its continuation: they do not change what is computed, or
 # (train.steps) they say how far to go.
@@ -103,7 +105,7 @@ class Checkpoints:
         Raises UserError: no room for it, or the write before this one failed.
         """
         self.wait()
-        self._check_room(state)
+        self._check_room((state.params, state.opt_state))
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(state.params),
             opt_state=ocp.args.PyTreeSave(_as_dict(state.opt_state)),
@@ -113,6 +115,17 @@ class Checkpoints:
         with _disk_errors(self.root, self.latest()):
             self._pending = step
             self._manager.save(step, args=items, force=True)
+
+    def save_weights(self, params: Any, meta: dict[str, Any]) -> None:
+        """Starts to write a model without a run, as step 0. Raises UserError as `save`."""
+        self._check_room(params)
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(params),
+            meta=ocp.args.JsonSave(json.loads(json.dumps({"format": FORMAT, "step": 0, **meta}))),
+        )
+        with _disk_errors(self.root, None):
+            self._pending = 0
+            self._manager.save(0, args=items, force=True)
 
     def wait(self) -> None:
         """Returns when the last save is complete on disk. Raises UserError when it failed."""
@@ -152,9 +165,9 @@ class Checkpoints:
         finally:
             self._manager.close()
 
-    def _check_room(self, state: TrainState) -> None:
+    def _check_room(self, arrays: Any) -> None:
         """Refuses a save that would fill the disk: cheaper and clearer than failing half-way."""
-        need = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+        need = sum(x.nbytes for x in jax.tree.leaves(arrays))
         with contextlib.suppress(OSError):  # a remote file system has no free space to ask for
             free = shutil.disk_usage(self.root).free
             if free < need + (1 << 20):
@@ -187,8 +200,12 @@ def _known(meta: dict[str, Any], where: Any) -> dict[str, Any]:
 
 def check_same(saved: dict[str, Any], now: dict[str, Any], where: Any) -> None:
     """Raises UserError naming the first field in which a checkpoint's meta differs from this run's, an unknown format,
-    an old meta that has no form in this version."""
-    _known(saved, where)
+    a model without a run, an old meta that has no form in this version."""
+    if WEIGHTS_ONLY in _known(saved, where):
+        raise UserError(
+            f"{where} holds a model, no run to go on with; name it in config.checkpoint.path and use a new "
+            "config.workdir."
+        )
     old, new = (_flat(_comparable(meta["experiment"], where)) for meta in (saved, now))
     for name in sorted(old.keys() | new.keys()):
         if any(name == free or name.startswith(free + ".") for free in FREE):
@@ -268,6 +285,15 @@ def find_step(path: Any) -> epath.Path:
     )
 
 
+def newest(workdir: Any) -> epath.Path | None:
+    """The newest step directory of a workdir, None where it has none."""
+    folder = _absolute(workdir) / FOLDER
+    if not folder.is_dir():
+        return None
+    steps = [p for p in folder.iterdir() if p.name.isdigit() and (p / "params").is_dir()]
+    return max(steps, key=lambda p: int(p.name), default=None)
+
+
 def load_model(path: Any, dtype: str = "float32") -> tuple[ModelConfig, Any, Any]:
     """(model config, params in `dtype` on the first device, Tokenizer or None) of a workdir or step directory.
 
@@ -277,8 +303,7 @@ def load_model(path: Any, dtype: str = "float32") -> tuple[ModelConfig, Any, Any
     folder = find_step(path)
     _silence()
     with _reading(folder):
-        meta = _known(json.loads((folder / "meta" / "metadata").read_text()), folder)
-        cfg = config_lib.from_config_dict(meta["model"], ModelConfig)
+        cfg = _model_of(folder)
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
@@ -292,14 +317,40 @@ def load_model(path: Any, dtype: str = "float32") -> tuple[ModelConfig, Any, Any
     return cfg, params, load_tokenizer(folder.parent.parent)
 
 
+def load_config(path: Any) -> tuple[ModelConfig, Any]:
+    """(model config, Tokenizer or None) of a workdir or step directory, without its weights. Raises UserError as
+    `load_model`."""
+    folder = find_step(path)
+    with _reading(folder):
+        cfg = _model_of(folder)
+    return cfg, load_tokenizer(folder.parent.parent)
+
+
+def _model_of(folder: epath.Path) -> ModelConfig:
+    meta = _known(json.loads((folder / "meta" / "metadata").read_text()), folder)
+    return config_lib.from_config_dict(meta["model"], ModelConfig)
+
+
+def save_model(workdir: Any, cfg: ModelConfig, params: Any, tokenizer: Any, about: dict[str, Any]) -> None:
+    """Writes a model without a run as checkpoint 0 of `workdir`, which `load_model` opens; `about` goes into its meta.
+    Raises UserError: a workdir that holds a checkpoint already, or cannot be written."""
+    held = newest(workdir)
+    if held is not None:
+        raise UserError(f"{workdir} holds checkpoint {held.name} already; save to a new folder.")
+    saver = Checkpoints(str(workdir), keep=1)
+    try:
+        save_tokenizer(workdir, tokenizer)
+        saver.save_weights(params, {"model": config_lib.plain(cfg), WEIGHTS_ONLY: about})
+    finally:
+        saver.close()
+
+
 def load_tokenizer(workdir: Any) -> Any:
     """The tokenizer saved in a workdir, None when it has none."""
     folder = epath.Path(workdir) / TOKENIZER
     if not folder.is_dir():
         return None
-    from kvattn.data import tokenizer
-
-    return tokenizer.from_directory(folder)
+    return tokenizer_lib.from_directory(folder)
 
 
 def save_tokenizer(workdir: Any, tokenizer: Any) -> None:

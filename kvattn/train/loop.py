@@ -2,7 +2,7 @@
 
     result = fit(cfg, workdir=...)                                   # from scratch
     result = fit(cfg, params=p, model=m, teacher=Teacher(m0, p0), tokenizer=t, workdir=...)
-    result = run(cfg)                                                # both, as config.checkpoint and .convert say
+    result = fit_prepared(cfg, made)                                 # what kvattn.prepare.for_training(cfg) made
 
 The workdir holds `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `tokenizer/`. A run that finds a
 checkpoint of the same config there goes on from it; the steps it repeats are repeated bit for bit, because
@@ -25,8 +25,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kvattn import account
-from kvattn.config import Experiment, ModelConfig, executed
+from kvattn.config import Experiment, ModelConfig
 from kvattn.data import batches as data
+from kvattn.data.tokenizer import check_matches
 from kvattn.errors import UserError
 from kvattn.train import checkpoint, metrics
 from kvattn.train import startup_tables as tables
@@ -55,32 +56,14 @@ class FitResult:
     workdir: str
 
 
-def run(cfg: Experiment, **options: Any) -> FitResult:
-    """`fit` with the weights that `cfg.checkpoint` and `cfg.convert` describe (random ones when the path is
-    empty); the unconverted checkpoint is the teacher where `cfg.train.distill` asks for one.
-
-    Raises UserError for an unreadable checkpoint, an impossible conversion, and as `fit`.
-    """
-    join_processes()
-    if not cfg.checkpoint.path:
-        if cfg.convert:
-            raise UserError("config.convert has steps but config.checkpoint.path is empty; name the checkpoint.")
-        return fit(cfg, workdir=cfg.workdir, **options)
-    from kvattn import convert, formats
-
-    loaded = formats.load(cfg.checkpoint.path, cfg.checkpoint.dtype)
-    rng = jax.random.fold_in(jax.random.key(cfg.seed), 1)
-    converted = convert.convert_all(loaded.params, loaded.model, cfg.convert, rng=rng)
-    student = executed(converted.model, cfg.model)
-    teacher = Teacher(loaded.model, loaded.params) if wants_teacher(cfg) else None
-    params, tokenizer = converted.params, loaded.tokenizer
-    del loaded, converted
+def fit_prepared(cfg: Experiment, made: Any, **options: Any) -> FitResult:
+    """`fit` of a kvattn.prepare.Prepared in cfg.workdir, its parameters handed over (`consume`). Raises as `fit`."""
     return fit(
         cfg,
-        params=params,
-        model=student,
-        teacher=teacher,
-        tokenizer=tokenizer,
+        params=made.params,
+        model=made.model,
+        teacher=made.teacher,
+        tokenizer=made.tokenizer,
         workdir=cfg.workdir,
         consume=True,
         **options,
@@ -113,7 +96,7 @@ def join_processes() -> None:
 
 def wants_teacher(cfg: Experiment) -> bool:
     """Whether the loss has a distillation term."""
-    return bool(cfg.train.distill.logit_kl or cfg.train.distill.attention_mse)
+    return cfg.train.distill.needs_teacher
 
 
 def fit(
@@ -208,6 +191,11 @@ class _Run:
         return state
 
     def _fresh(self, params: Any, consume: bool) -> train_step.TrainState:
+        if params is None and self.cfg.checkpoint.path:
+            raise UserError(
+                f"config.checkpoint.path is {self.cfg.checkpoint.path!r} but no parameters were given and the workdir "
+                "has no checkpoint to go on from; prepare them with weights."
+            )
         if params is None:
             return train_step.init_state(self.layout, self.cfg.seed)
         keep = self.teacher.params if self.teacher else ()
@@ -323,8 +311,6 @@ def _tokenizer(cfg: Experiment, model: ModelConfig, tokenizer: Any) -> Any:
                 "lower it or widen the model."
             )
         return None
-    from kvattn.data.tokenizer import check_matches
-
     tokenizer = data.tokenizer_for(cfg.data, tokenizer)
     check_matches(tokenizer, model)
     return tokenizer

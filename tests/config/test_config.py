@@ -11,7 +11,7 @@ from tests.helpers import tiny
 EXPERIMENT = c.Experiment(
     name="x",
     model=tiny.CASES["mqa_cla2_pattern"],
-    convert=(c.ConvertConfig(kind="gqa", k_heads=1), c.ConvertConfig(kind="cla", factor=2)),
+    convert=(c.Conversion.of("gqa", k_heads=1), c.Conversion.of("cla", factor=2)),
     study=c.StudyConfig(rows=(c.VariantConfig("base"), c.VariantConfig("own", model=tiny.CASES["rope_pattern"]))),
 )
 
@@ -31,7 +31,7 @@ def test_the_config_dict_is_locked_all_the_way_down():
 
 def changed(path, value):
     """EXPERIMENT as nested dictionaries with one field changed."""
-    tree = dataclasses.asdict(EXPERIMENT)
+    tree = c.plain(EXPERIMENT)
     holder = tree
     *parents, last = path.split(".")
     for parent in parents:
@@ -51,7 +51,7 @@ def changed(path, value):
         ("cache.kinds", "full", "config.cache.kinds is 'full'; it takes a tuple."),
         ("cache.kinds", ("full", 3), "config.cache.kinds[1] is 3"),
         ("train", 3, "config.train is 3; it takes the fields of TrainConfig."),
-        ("convert", ({"kind": "gqa", "heads": 1},), "config.convert[0].heads is no field of ConvertConfig"),
+        ("convert", ({"kind": "gqa", "heads": 1},), "config.convert[0].heads is no field of Gqa"),
     ],
 )
 def test_wrong_keys_and_types_are_named(path, value, message):
@@ -134,9 +134,9 @@ def test_illegal_combinations_of_a_model(changes, field):
 @pytest.mark.parametrize(
     ("step", "field"),
     [
-        (c.ConvertConfig(kind="gqua", k_heads=1), "convert.kind='gqua'"),
-        (c.ConvertConfig(kind="gqa", k_heads=1, factor=2), "convert.factor=2"),
-        (c.ConvertConfig(kind="cla", factor=2, method="random"), "convert.method='random'"),
+        (c.Conversion.of("gqa"), "convert.k_heads is 0"),
+        (c.Conversion.of("cla", factor=2, method="random"), "convert.method is 'random'"),
+        (c.Conversion.of("window", window=3, sinks=-1), "convert.sinks is -1"),
     ],
 )
 def test_bad_conversions_show_before_anything_is_loaded(step, field):
@@ -146,6 +146,23 @@ def test_bad_conversions_show_before_anything_is_loaded(step, field):
         with pytest.raises(UserError) as error:
             c.validate(dataclasses.replace(EXPERIMENT, **changes))
         assert field in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"kind": "gqua", "k_heads": 1}, "convert[0].kind is 'gqua' (nearest valid: gqa)"),
+        ({"kind": "gqa", "k_heads": 1, "factor": 2}, "convert[0].factor is no field of Gqa"),
+        ({"k_heads": 1}, "convert[0].kind is missing; choose one of cla, first_half, gqa"),
+    ],
+)
+def test_unknown_conversions_and_fields_are_named(step, message):
+    with pytest.raises(UserError) as error:
+        c.from_config_dict(changed("convert", (step,)))
+    assert message in str(error.value)
+    if "kind" in step:
+        with pytest.raises(UserError):
+            c.Conversion.of(step.pop("kind"), **step)
 
 
 def test_a_ring_needs_a_window_in_every_reader():
@@ -180,6 +197,6 @@ def test_row_names_are_unique_and_scratch_rows_do_not_convert():
     twice = c.StudyConfig(rows=(c.VariantConfig("a"), c.VariantConfig("a")))
     with pytest.raises(UserError, match="'a' twice"):
         c.validate(dataclasses.replace(EXPERIMENT, study=twice))
-    both = c.VariantConfig("a", (c.ConvertConfig(kind="cla", factor=2),), model=tiny.BASE)
+    both = c.VariantConfig("a", (c.Conversion.of("cla", factor=2),), model=tiny.BASE)
     with pytest.raises(UserError, match="both model and convert"):
         c.validate(dataclasses.replace(EXPERIMENT, study=c.StudyConfig(rows=(both,))))

@@ -93,7 +93,7 @@ def small_smollm2():
 def test_rows_convert_smollm2(name, small_smollm2):
     cfg, params = small_smollm2
     row = variants.ROWS[name]
-    done = convert.convert_all(params, cfg, row.convert, rng=jax.random.key(1))
+    done = convert.convert_all(params, cfg, row.convert, convert.Context(rng=jax.random.key(1)))
     got = jax.tree.map(lambda a: a.shape, done.params)
     assert got == spec.map_specs(lambda s: s.shape, model.param_specs(done.model))
     smaller = spec.count(model.param_specs(done.model)) < spec.count(model.param_specs(cfg))

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 
 from kvattn import account, convert, model
-from kvattn.config import CacheConfig, ConvertConfig, MaskConfig, ModelConfig
-from kvattn.convert import cross_layer, report
+from kvattn.attention import Heads, NoAttention
+from kvattn.config import Attention, CacheConfig, Conversion, HeadGroup, MaskConfig, ModelConfig
+from kvattn.convert import report
+from kvattn.convert.cla import cla_sources
+from kvattn.convert.first_half import first_half_sources
+from kvattn.convert.mlkv import mlkv_sources
 from kvattn.errors import UserError
 from tests.helpers import tiny
 from tests.helpers.tolerances import EXACT, F32_MODEL, F32_OP, close
@@ -44,9 +48,15 @@ def assert_fits_its_config(result: convert.Converted):
     assert jax.tree.map(lambda x: x.shape, result.params) == want
 
 
+def heads_of(cfg):
+    """(K, M), the same in all layers."""
+    (pair,) = {(layer.attention.n_k_heads, layer.attention.n_v_heads) for layer in cfg.every}
+    return pair
+
+
 def convert_one(params, cfg, step, rng=None):
     """`convert.convert`, checked against the plan that needs no weights."""
-    result = convert.convert(params, cfg, step, rng=rng)
+    result = convert.convert(params, cfg, step, convert.Context(rng=rng))
     assert result.model == convert.plan(cfg, (step,))
     return result
 
@@ -59,9 +69,9 @@ def test_gqa_mean_and_first_are_the_loops(k_heads, v_heads):
     cfg = tiny.config(**RICH)
     params = random_params(cfg)
     for method in ("mean", "first"):
-        step = ConvertConfig(kind="gqa", k_heads=k_heads, v_heads=v_heads, method=method)
+        step = Conversion.of("gqa", k_heads=k_heads, v_heads=v_heads, method=method)
         result = convert_one(params, cfg, step)
-        assert (result.model.n_k_heads, result.model.n_v_heads) == (k_heads, v_heads)
+        assert heads_of(result.model) == (k_heads, v_heads)
         assert_fits_its_config(result)
         assert not result.exact
         for old, new in zip(params["layers"], result.params["layers"]):
@@ -101,16 +111,16 @@ def test_gqa_grouping_is_the_one_the_model_reads():
     repeated = {**params, "layers": tuple(repeat(layer) for layer in params["layers"])}
     close(run(repeated, big), run(params, small), F32_MODEL, "expansion by repetition")
     for method in ("mean", "first"):
-        step = ConvertConfig(kind="gqa", k_heads=3, v_heads=2, method=method)
+        step = Conversion.of("gqa", k_heads=3, v_heads=2, method=method)
         back = convert_one(repeated, big, step)
         assert back.exact
         close(run(back.params, back.model), run(params, small), F32_MODEL, method)
-    redrawn = convert_one(repeated, big, ConvertConfig(kind="gqa", k_heads=3, v_heads=2, method="random"), rng=RNG)
+    redrawn = convert_one(repeated, big, Conversion.of("gqa", k_heads=3, v_heads=2, method="random"), rng=RNG)
     assert not redrawn.exact
     assert float(jnp.abs(run(redrawn.params, redrawn.model) - run(params, small)).max()) > 0.1
     touched = jax.tree.map(lambda x: x, repeated)
     touched["layers"][2]["attn"]["v_bias"] = touched["layers"][2]["attn"]["v_bias"].at[4, 3].add(1e-3)
-    assert not convert_one(touched, big, ConvertConfig(kind="gqa", k_heads=3, v_heads=2)).exact
+    assert not convert_one(touched, big, Conversion.of("gqa", k_heads=3, v_heads=2)).exact
 
 
 def test_gqa_mean_is_linear_and_composes():
@@ -119,7 +129,7 @@ def test_gqa_mean_is_linear_and_composes():
     mixed = jax.tree.map(lambda a, b: 0.7 * a - 1.3 * b, one, two)
 
     def mean(params, cfg, heads):
-        return convert_one(params, cfg, ConvertConfig(kind="gqa", k_heads=heads))
+        return convert_one(params, cfg, Conversion.of("gqa", k_heads=heads))
 
     want = jax.tree.map(lambda a, b: 0.7 * a - 1.3 * b, mean(one, cfg, 2).params, mean(two, cfg, 2).params)
     jax.tree.map(lambda got, want: close(got, want, F32_OP), mean(mixed, cfg, 2).params, want)
@@ -132,7 +142,7 @@ def test_gqa_mean_is_linear_and_composes():
 def test_gqa_keeps_the_dtype_and_averages_in_float32():
     cfg = tiny.config(n_k_heads=6, n_v_heads=6)
     params = random_params(cfg, dtype=jnp.bfloat16)
-    result = convert_one(params, cfg, ConvertConfig(kind="gqa", k_heads=1))
+    result = convert_one(params, cfg, Conversion.of("gqa", k_heads=1))
     k = result.params["layers"][0]["attn"]["k"]
     assert k.dtype == jnp.bfloat16
     want = np.asarray(params["layers"][0]["attn"]["k"].astype(jnp.float32)).mean(1, keepdims=True)
@@ -144,7 +154,7 @@ def test_gqa_keeps_the_dtype_and_averages_in_float32():
 def test_gqa_random_redraws_only_what_shrinks():
     cfg = tiny.config(**RICH)
     params = random_params(cfg)
-    step = ConvertConfig(kind="gqa", k_heads=2, v_heads=6, method="random")
+    step = Conversion.of("gqa", k_heads=2, v_heads=6, method="random")
     first, again = (convert_one(params, cfg, step, rng=RNG) for _ in range(2))
     other = convert_one(params, cfg, step, rng=jax.random.key(12))
     assert_fits_its_config(first)
@@ -155,16 +165,16 @@ def test_gqa_random_redraws_only_what_shrinks():
         close(attn["k"], again.params["layers"][l]["attn"]["k"], EXACT)
         close(attn["k"], fresh["layers"][l]["attn"]["k"], EXACT, "drawn as model.init draws it")
         assert float(jnp.abs(attn["k"] - other.params["layers"][l]["attn"]["k"]).max()) > 0.01
-    everything = ConvertConfig(kind="gqa", k_heads=6, v_heads=6, method="random")
+    everything = Conversion.of("gqa", k_heads=6, v_heads=6, method="random")
     assert convert_one(params, cfg, everything, rng=RNG).exact
 
 
 def test_gqa_on_shared_layers_and_tied_values():
     for name in ("cla2_norm", "tied_kv"):
         cfg = tiny.CASES[name]
-        result = convert_one(random_params(cfg), cfg, ConvertConfig(kind="gqa", k_heads=1))
+        result = convert_one(random_params(cfg), cfg, Conversion.of("gqa", k_heads=1))
         assert_fits_its_config(result)
-        assert (result.model.n_k_heads, result.model.n_v_heads) == (1, 1)
+        assert heads_of(result.model) == (1, 1)
         run(result.params, result.model)
 
 
@@ -173,29 +183,29 @@ def test_gqa_on_shared_layers_and_tied_values():
 
 def test_owner_rules():
     """The sheets' own examples, then the general counts."""
-    assert sorted(set(cross_layer.cla_sources(10, 3))) == [0, 1, 4, 7]
-    assert sorted(set(cross_layer.cla_sources(20, 3))) == [0, 2, 5, 8, 11, 14, 17]
-    assert cross_layer.cla_sources(6, 2) == (0, 0, 2, 2, 4, 4)
-    assert cross_layer.cla_sources(5, 3) == (0, 0, 2, 2, 2)
-    assert sorted(set(cross_layer.mlkv_sources(12, 4))) == [0, 3, 6, 9]
-    assert cross_layer.first_half_sources(6) == (0, 1, 2, 2, 2, 2)
-    assert cross_layer.first_half_sources(5) == (0, 1, 2, 2, 2)
-    assert cross_layer.first_half_sources(1) == (0,)
+    assert sorted(set(cla_sources(10, 3))) == [0, 1, 4, 7]
+    assert sorted(set(cla_sources(20, 3))) == [0, 2, 5, 8, 11, 14, 17]
+    assert cla_sources(6, 2) == (0, 0, 2, 2, 4, 4)
+    assert cla_sources(5, 3) == (0, 0, 2, 2, 2)
+    assert sorted(set(mlkv_sources(12, 4))) == [0, 3, 6, 9]
+    assert first_half_sources(6) == (0, 1, 2, 2, 2, 2)
+    assert first_half_sources(5) == (0, 1, 2, 2, 2)
+    assert first_half_sources(1) == (0,)
     for n in range(1, 33):
         for f in range(1, n + 1):
-            sources = cross_layer.cla_sources(n, f)
+            sources = cla_sources(n, f)
             assert len(set(sources)) == -(-n // f)
             if n % f == 0:
                 assert sources == tuple(f * (l // f) for l in range(n))
             want = {0} | {int((i + 1) * n / f) for i in range(f - 1)}
-            assert set(cross_layer.mlkv_sources(n, f)) == want
+            assert set(mlkv_sources(n, f)) == want
             assert all(sources[o] == o and o <= l for l, o in enumerate(sources))
 
 
 GROUPED = {
-    "cla": (ConvertConfig(kind="cla", factor=3), (0, 0, 2, 2, 2)),
-    "mlkv": (ConvertConfig(kind="mlkv", owners=2), (0, 0, 2, 2, 2)),
-    "first_half": (ConvertConfig(kind="first_half"), (0, 1, 2, 2, 2)),
+    "cla": (Conversion.of("cla", factor=3), (0, 0, 2, 2, 2)),
+    "mlkv": (Conversion.of("mlkv", owners=2), (0, 0, 2, 2, 2)),
+    "first_half": (Conversion.of("first_half"), (0, 1, 2, 2, 2)),
 }
 
 
@@ -228,7 +238,7 @@ def test_owners_weights_by_each_method(kind):
 
 
 def test_groups_of_one_change_nothing():
-    for step in (ConvertConfig(kind="cla", factor=1), ConvertConfig(kind="mlkv", owners=4)):
+    for step in (Conversion.of("cla", factor=1), Conversion.of("mlkv", owners=4)):
         cfg = tiny.config(kv_norm=True)
         params = random_params(cfg)
         result = convert_one(params, cfg, step)
@@ -240,8 +250,8 @@ def test_mlkv_is_cla_on_mqa():
     """m = L/2, g = 1 is MQA + CLA2, in either order of the two steps' names."""
     cfg = tiny.config(n_k_heads=6, n_v_heads=6, qkv_bias=True)
     params = random_params(cfg)
-    one = convert_one(params, cfg, ConvertConfig(kind="mlkv", owners=2, k_heads=1))
-    steps = (ConvertConfig(kind="gqa", k_heads=1), ConvertConfig(kind="cla", factor=2))
+    one = convert_one(params, cfg, Conversion.of("mlkv", owners=2, k_heads=1))
+    steps = (Conversion.of("gqa", k_heads=1), Conversion.of("cla", factor=2))
     two = convert.convert_all(params, cfg, steps)
     assert one.model == two.model
     assert "1 and 1" in one.note
@@ -249,7 +259,7 @@ def test_mlkv_is_cla_on_mqa():
     jax.tree.map(lambda a, b: close(a, b, EXACT), one.params, two.params)
     other = convert.convert_all(params, cfg, steps[::-1])
     jax.tree.map(lambda a, b: close(a, b, F32_OP), one.params, other.params)
-    first = convert_one(params, cfg, ConvertConfig(kind="mlkv", owners=2, k_heads=1, method="first"))
+    first = convert_one(params, cfg, Conversion.of("mlkv", owners=2, k_heads=1, method="first"))
     close(first.params["layers"][2]["attn"]["k"], params["layers"][2]["attn"]["k"][:, :1], EXACT)
 
 
@@ -271,7 +281,7 @@ def test_exactness_is_what_running_both_models_shows():
     a, b, c, d = params["layers"]
     exact = {**params, "layers": (silent(a), twin(b, a), silent(c), twin(d, c))}
     for method in ("mean", "running", "first"):
-        result = convert_one(exact, cfg, ConvertConfig(kind="cla", factor=2, method=method))
+        result = convert_one(exact, cfg, Conversion.of("cla", factor=2, method=method))
         assert result.exact, method
         close(run(result.params, result.model), run(exact, cfg), F32_MODEL, method)
 
@@ -291,7 +301,7 @@ def test_exactness_is_what_running_both_models_shows():
     ):
         layers = tuple(nudged(layer, *path) if i == index else layer for i, layer in enumerate(exact["layers"]))
         broken = {**exact, "layers": layers}
-        result = convert_one(broken, cfg, ConvertConfig(kind="cla", factor=2))
+        result = convert_one(broken, cfg, Conversion.of("cla", factor=2))
         assert not result.exact, path
         assert float(jnp.abs(run(result.params, result.model) - run(broken, cfg)).max()) > 1e-4, path
 
@@ -300,8 +310,8 @@ def test_converted_tiny_models_run(tiny_case):
     """Every tiny model that owns all its K/V converts to CLA2, and the result is the tree its config declares."""
     _, cfg = tiny_case
     params = model.init(RNG, cfg)
-    step = ConvertConfig(kind="cla", factor=2)
-    if cfg.kv_source or cfg.scan_layers or len(set(cfg.ropes)) > 1:
+    step = Conversion.of("cla", factor=2)
+    if cfg.kv_source or cfg.scan_layers or len({layer.rope for layer in cfg.layers}) > 1:
         with pytest.raises(UserError):
             convert.convert(params, cfg, step)
         return
@@ -310,16 +320,121 @@ def test_converted_tiny_models_run(tiny_case):
     assert account.kv_bytes_per_token(result.model, CacheConfig()) * 2 == account.kv_bytes_per_token(cfg, CacheConfig())
 
 
+# --- layers that differ ---
+
+
+def mixed(*attentions, **changes):
+    """The tiny model with these families, one after the other."""
+    return tiny.config(**changes).replace(attentions=attentions)
+
+
+WIDE = tiny.BASE.replace(n_k_heads=6, n_v_heads=6).attention(0)
+NARROW = tiny.BASE.attention(0)  # 3 key and 3 value heads
+FOREIGN = "tests_foreign"
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign(Heads, tag=FOREIGN):
+    """Heads of another name: whoever knows heads alone cannot convert it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat(Heads, tag=f"{FOREIGN}_flat"):
+    """A family that says it has no softmax, as linear attention does."""
+
+    def softmax(self, cfg):
+        return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_the_registry_as_it_was():
+    yield
+    for tag in (FOREIGN, f"{FOREIGN}_flat"):
+        Attention.members.pop(tag)
+
+
+def test_each_layer_is_pooled_from_its_own_heads():
+    """6 heads in some layers and 3 in others, all to 3 or to 1; a layer without attention stays."""
+    cfg = mixed(WIDE, NARROW, NoAttention(), WIDE)
+    params = random_params(cfg)
+    three = convert_one(params, cfg, Conversion.of("gqa", k_heads=3))
+    assert "3/6 key and 3/6 value heads -> 3 and 3" in three.note
+    assert three.params["layers"][1]["attn"]["k"] is params["layers"][1]["attn"]["k"]
+    for result in (three, convert_one(params, cfg, Conversion.of("gqa", k_heads=1, method="random"), rng=RNG)):
+        assert_fits_its_config(result)
+        assert result.model.attention(2) == NoAttention()
+        run(result.params, result.model)
+    k = np.asarray(params["layers"][3]["attn"]["k"], np.float64)
+    close(three.params["layers"][3]["attn"]["k"], k.reshape(28, 3, 2, 10).mean(2), F32_OP)
+    fresh = convert_one(params, cfg, Conversion.of("gqa", k_heads=3, method="random"), rng=RNG).params["layers"]
+    assert fresh[1]["attn"]["v"] is params["layers"][1]["attn"]["v"], "nothing is drawn where no head is removed"
+    close(fresh[3]["attn"]["k"], model.init(RNG, three.model)["layers"][3]["attn"]["k"], EXACT)
+
+
+def test_a_window_narrows_each_head_group_and_leaves_a_layer_without_attention():
+    groups = (HeadGroup(1), HeadGroup(2, MaskConfig(window=3)))
+    layer = dataclasses.replace(tiny.BASE.layer(0), groups=groups)
+    none = dataclasses.replace(tiny.BASE.layer(0), attention=NoAttention())
+    cfg = dataclasses.replace(tiny.BASE, layers=(layer, none))
+    result = convert_one(random_params(cfg), cfg, Conversion.of("window", window=5))
+    assert [g.mask.window for g in result.model.layer(0).groups] == [5, 3]
+    assert result.model.layer(1) == none
+    assert "on 2 of 4 layers" in result.note
+
+
+def test_layers_of_a_foreign_family_share_like_any_other():
+    """An owner's K/V parameters are asked of the family; nothing is proved exact of one that is not known."""
+    cfg = mixed(Foreign(**dataclasses.asdict(NARROW)), kv_norm=True)
+    plain = tiny.config(kv_norm=True)
+    params = random_params(cfg)
+    step = Conversion.of("cla", factor=2, method="running")
+    result = convert_one(params, cfg, step)
+    assert_fits_its_config(result)
+    jax.tree.map(lambda a, b: close(a, b, EXACT), result.params, convert_one(params, plain, step).params)
+    one = convert_one(params, cfg, Conversion.of("cla", factor=1))
+    assert one.exact
+    silent = jax.tree.map(jnp.zeros_like, params)
+    assert convert_one(silent, plain, step).exact
+    assert not convert_one(silent, cfg, step).exact
+
+
+@pytest.mark.parametrize(
+    ("step", "attentions", "words"),
+    [
+        (Conversion.of("gqa", k_heads=1), (NARROW, Foreign()), ("layer 1", FOREIGN, "plain heads")),
+        (Conversion.of("mlkv", owners=2, k_heads=1), (NARROW, Foreign()), ("layer 1", FOREIGN)),
+        (Conversion.of("gqa", k_heads=6), (WIDE, NARROW), ("layer 1", "'heads'", "3 heads", "1, 3")),
+        (Conversion.of("cla", factor=2), (NARROW, WIDE), ("layer 1 ('heads') read layer 0 ('heads')",)),
+        (Conversion.of("cla", factor=2), (NARROW, NoAttention()), ("layer 1 ('none')", "leaves nothing")),
+        (Conversion.of("first_half"), (NARROW, NoAttention()), ("layer 2 ('heads') read layer 1 ('none')",)),
+    ],
+)
+def test_a_family_that_cannot_be_converted_is_named_with_its_layer(step, attentions, words):
+    with pytest.raises(UserError) as caught:
+        convert.plan(mixed(*attentions), (step,))
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_window_is_refused_where_there_is_no_causal_softmax():
+    cfg = tiny.config(masks=(MaskConfig(), MaskConfig(kind="full")))
+    with pytest.raises(UserError, match="layer 1 is 'full'"):
+        convert.plan(cfg, (Conversion.of("window", window=5),))
+    assert convert.plan(cfg, (Conversion.of("window", window=5, keep_every=2),)).mask(1).kind == "full"
+    with pytest.raises(UserError, match=rf"layer 1 \('{FOREIGN}_flat'\) has none"):
+        convert.plan(mixed(NARROW, Flat(**dataclasses.asdict(NARROW))), (Conversion.of("window", window=5),))
+
+
 # --- windows -------------------------------------------------------------------------------------------
 
 
 def test_window_keeps_every_nth_layer():
     cfg = tiny.config(n_layers=7)
     params = random_params(cfg)
-    result = convert.convert(params, cfg, ConvertConfig(kind="window", window=4, sinks=2, keep_every=3))
+    result = convert.convert(params, cfg, Conversion.of("window", window=4, sinks=2, keep_every=3))
     narrow, full = MaskConfig(window=4, sinks=2), MaskConfig()
     assert [result.model.mask(l) for l in range(7)] == [narrow, narrow, full, narrow, narrow, full, narrow]
-    assert result.model.masks == (narrow, narrow, full)
+    assert [layer.mask for layer in result.model.layers] == [narrow, narrow, full]
     assert result.params is params
     assert not result.exact
     assert "5 of 7 layers" in result.note
@@ -329,8 +444,8 @@ def test_window_keeps_every_nth_layer():
 def test_window_is_exact_up_to_window_plus_sinks_tokens():
     cfg = tiny.config()
     params = random_params(cfg)
-    result = convert.convert(params, cfg, ConvertConfig(kind="window", window=4, sinks=2))
-    assert result.model.masks == (MaskConfig(window=4, sinks=2),)
+    result = convert.convert(params, cfg, Conversion.of("window", window=4, sinks=2))
+    assert [layer.mask for layer in result.model.layers] == [MaskConfig(window=4, sinks=2)]
     close(run(params, result.model, length=6), run(params, cfg, length=6), EXACT)
     seen, hidden = run(params, cfg, length=7), run(params, result.model, length=7)
     close(hidden[:, :6], seen[:, :6], F32_MODEL)
@@ -341,13 +456,13 @@ def test_window_narrows_what_is_windowed():
     wide, narrow, none = MaskConfig(window=9, sinks=1), MaskConfig(window=3), MaskConfig()
     cfg = tiny.config(n_layers=3, masks=(wide, narrow, none))
     params = model.init(RNG, cfg)
-    result = convert.convert(params, cfg, ConvertConfig(kind="window", window=5, sinks=1))
+    result = convert.convert(params, cfg, Conversion.of("window", window=5, sinks=1))
     assert [result.model.mask(l) for l in range(3)] == [
         MaskConfig(window=5, sinks=1),
         narrow,
         MaskConfig(window=5, sinks=1),
     ]
-    again = convert.convert(params, result.model, ConvertConfig(kind="window", window=5, sinks=1))
+    again = convert.convert(params, result.model, Conversion.of("window", window=5, sinks=1))
     assert again.exact
     assert again.model == result.model
 
@@ -362,44 +477,45 @@ def test_no_steps():
     assert result.params is params
 
 
-def test_the_tables_name_the_same_kinds():
-    assert set(convert.CONVERSIONS) == set(convert.FIELDS) == set(convert.PLANS)
-    assert set(convert.METHODS) == set(convert.CONVERSIONS) - {"window"}
+def test_the_registry_has_a_method_a_file():
+    """Every conversion registers itself, from a file of its name."""
+    for kind in ("gqa", "cla", "mlkv", "first_half", "window"):
+        assert Conversion.members[kind].__module__ == f"kvattn.convert.{kind}"
 
 
 BAD = {
-    "kind": (dict(kind="gqq"), {}, ("kind", "gqq", "cla")),
-    "method": (dict(kind="gqa", k_heads=1, method="running"), {}, ("method", "running", "random")),
-    "ignored": (dict(kind="cla", factor=2, window=7), {}, ("window", "7", "factor")),
-    "ignored_method": (dict(kind="window", window=7, method="first"), {}, ("method", "first")),
-    "no_heads": (dict(kind="gqa"), {}, ("k_heads", "0")),
-    "indivisible": (dict(kind="gqa", k_heads=2), {}, ("k_heads", "2", "1, 3")),
-    "indivisible_v": (dict(kind="gqa", k_heads=3, v_heads=2), {}, ("v_heads", "2")),
-    "no_rng": (dict(kind="gqa", k_heads=1, method="random"), {}, ("random", "rng")),
-    "tied": (dict(kind="gqa", k_heads=1, v_heads=3), dict(tied_kv=True, v_head_dim=10), ("v_heads", "tied_kv")),
-    "factor": (dict(kind="cla", factor=5), {}, ("factor", "5", "4")),
-    "owners": (dict(kind="mlkv", owners=0), {}, ("owners", "0")),
-    "mlkv_v": (dict(kind="mlkv", owners=2, v_heads=1), {}, ("v_heads", "k_heads")),
-    "shared": (dict(kind="cla", factor=2), dict(kv_source=(0, 0, 2, 2)), ("kv_source", "shares")),
-    "ropes": (dict(kind="cla", factor=2), dict(ropes=(tiny.BASE.ropes[0], None)), ("rope",)),
-    "scan": (dict(kind="cla", factor=2), dict(scan_layers=True), ("scan_layers",)),
-    "window": (dict(kind="window"), {}, ("window", "0")),
-    "overlap": (dict(kind="window", window=3, sinks=5), dict(masks=(tiny.SINKS,)), ("window=3", "layer 0")),
+    "kind": ("gqq", dict(), {}, ("conversion.kind", "gqq", "cla")),
+    "method": ("gqa", dict(k_heads=1, method="running"), {}, ("method", "running", "random")),
+    "ignored": ("cla", dict(factor=2, window=7), {}, ("window", "cla", "factor")),
+    "ignored_method": ("window", dict(window=7, method="first"), {}, ("method", "first")),
+    "no_heads": ("gqa", dict(), {}, ("k_heads", "0")),
+    "indivisible": ("gqa", dict(k_heads=2), {}, ("k_heads", "2", "1, 3")),
+    "indivisible_v": ("gqa", dict(k_heads=3, v_heads=2), {}, ("v_heads", "2")),
+    "no_rng": ("gqa", dict(k_heads=1, method="random"), {}, ("random", "rng")),
+    "tied": ("gqa", dict(k_heads=1, v_heads=3), dict(tied_kv=True, v_head_dim=10), ("v_heads", "tied_kv")),
+    "factor": ("cla", dict(factor=5), {}, ("factor", "5", "4")),
+    "owners": ("mlkv", dict(owners=0), {}, ("owners", "0")),
+    "mlkv_v": ("mlkv", dict(owners=2, v_heads=1), {}, ("v_heads", "k_heads")),
+    "shared": ("cla", dict(factor=2), dict(kv_source=(0, 0, 2, 2)), ("kv_source", "shares")),
+    "ropes": ("cla", dict(factor=2), dict(ropes=(tiny.BASE.rope(0), None)), ("rope",)),
+    "scan": ("cla", dict(factor=2), dict(scan_layers=True), ("scan_layers",)),
+    "window": ("window", dict(), {}, ("window", "0")),
+    "overlap": ("window", dict(window=3, sinks=5), dict(masks=(tiny.SINKS,)), ("convert.window is 3", "layer 0")),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_steps_are_one_sentence(name):
-    fields, changes, words = BAD[name]
+    kind, fields, changes, words = BAD[name]
     cfg = tiny.config(**changes)
     with pytest.raises(UserError) as caught:
-        convert.convert(model.init(RNG, cfg), cfg, ConvertConfig(**fields))
+        convert.convert(model.init(RNG, cfg), cfg, Conversion.of(kind, **fields))
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
     if name not in ("no_rng", "scan"):  # only weights need those
         with pytest.raises(UserError) as planned:
-            convert.plan(cfg, (ConvertConfig(**fields),))
+            convert.plan(cfg, (Conversion.of(kind, **fields),))
         assert str(planned.value) == message
 
 
@@ -417,7 +533,7 @@ def test_report_is_the_float64_definition():
     cfg = tiny.config(n_k_heads=6, n_v_heads=6, tied_embeddings=False)
     params = random_params(cfg)
     before = convert.convert_all(params, cfg, ())
-    steps = (ConvertConfig(kind="gqa", k_heads=1), ConvertConfig(kind="cla", factor=2))
+    steps = (Conversion.of("gqa", k_heads=1), Conversion.of("cla", factor=2))
     after = convert.convert_all(params, cfg, steps)
     tokens = jax.random.randint(jax.random.key(8), (2, 131), 0, cfg.vocab_size)
     got = report.measure(before, after, tokens, cache=CacheConfig(dtype="bfloat16"))

@@ -355,7 +355,7 @@ def command(monkeypatch, capsys):
 
     cfg = tiny.config(vocab_size=258, n_layers=2)
     loaded = formats.Loaded(cfg, model.init(jax.random.key(1), cfg), ByteTokenizer(), source="tiny")
-    monkeypatch.setattr(program.formats, "load", lambda path, dtype: loaded)
+    monkeypatch.setattr(formats, "load", lambda path, dtype: loaded)
 
     def run(*args):
         with pytest.raises(SystemExit) as stop:

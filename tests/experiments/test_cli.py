@@ -56,9 +56,9 @@ FILE = """
 from kvattn import config as c
 
 def get_config(which=""):
-    rows = (c.VariantConfig("base"), c.VariantConfig("mqa", (c.ConvertConfig(kind="gqa", k_heads=1),)))
+    rows = (c.VariantConfig("base"), c.VariantConfig("mqa", (c.Conversion.of("gqa", k_heads=1),)))
     return c.to_config_dict(c.Experiment(name="x" + which, study=c.StudyConfig(rows=rows),
-                                         convert=(c.ConvertConfig(kind="gqa", k_heads=1),)))
+                                         convert=(c.Conversion.of("gqa", k_heads=1),)))
 """
 
 

@@ -312,7 +312,7 @@ def test_bad_questions_are_one_sentence(tmp_path, changes, message):
         ({"contexts": (0,)}, "sharding_study.contexts"),
         ({"timeout": 0.0}, "sharding_study.timeout"),
         ({"rows": (c.VariantConfig("a"), c.VariantConfig("a"))}, "'a' twice"),
-        ({"rows": (c.VariantConfig("a", (c.ConvertConfig(kind="cla", factor=2),)),)}, "has convert"),
+        ({"rows": (c.VariantConfig("a", (c.Conversion.of("cla", factor=2),)),)}, "has convert"),
         ({"rows": (c.VariantConfig("a", model=MQA.replace(n_k_heads=4)),)}, "model.n_k_heads"),
         ({"cells": (c.ShardingCellConfig(tokens=4096),)}, "cells[0].tokens"),
     ],

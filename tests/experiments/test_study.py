@@ -26,8 +26,8 @@ from tests.helpers.tolerances import EXACT, close
 MODEL = tiny.config(vocab_size=258, n_layers=2)
 ROWS = (
     c.VariantConfig("base"),
-    c.VariantConfig("mqa", (c.ConvertConfig(kind="gqa", k_heads=1),)),
-    c.VariantConfig("rings", (c.ConvertConfig(kind="window", window=7, sinks=2),), c.CacheConfig(kinds=("ring",))),
+    c.VariantConfig("mqa", (c.Conversion.of("gqa", k_heads=1),)),
+    c.VariantConfig("rings", (c.Conversion.of("window", window=7, sinks=2),), c.CacheConfig(kinds=("ring",))),
 )
 COUNT = 7  # reference, three before, three after
 
