@@ -11,7 +11,8 @@ from rich.console import Console
 from kvattn import account, cache, model
 from kvattn.attention.heads import heads_model
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
-from kvattn.convert import cross_layer
+from kvattn.convert.cla import cla_sources
+from kvattn.convert.mlkv import mlkv_sources
 from kvattn.errors import UserError
 from sharding.cost import hardware
 from tests.helpers import tiny
@@ -89,7 +90,7 @@ CLA_TABLE = {
 @pytest.mark.parametrize("name", CLA_TABLE)
 def test_cla_table(name):
     head_dim, n_heads, kv_heads, sharing, layers, expected = CLA_TABLE[name]
-    sources = cross_layer.cla_sources(20, sharing) if isinstance(sharing, int) else sharing
+    sources = cla_sources(20, sharing) if isinstance(sharing, int) else sharing
     cfg = cla_1b(head_dim, n_heads, kv_heads, sources)
     assert len(cfg.sources) == 20
     assert len(cfg.owners) == layers
@@ -107,7 +108,7 @@ def test_cla_3b_table():
             n_v_heads=1,
             head_dim=head_dim,
             v_head_dim=head_dim,
-            kv_source=cross_layer.cla_sources(32, factor),
+            kv_source=cla_sources(32, factor),
         )
         assert account.kv_bytes_per_token(cfg, BF16) == expected
 
@@ -144,7 +145,7 @@ def test_mlkv_total_heads():
             n_v_heads=heads,
             head_dim=64,
             v_head_dim=64,
-            kv_source=cross_layer.mlkv_sources(12, owners),
+            kv_source=mlkv_sources(12, owners),
         )
         assert account.kv_bytes_per_token(cfg, BF16) == 2 * total * 64 * 2
 
@@ -175,18 +176,18 @@ def by_hand(cfg, store, batch, capacity) -> int:
         if cfg.kv_source and cfg.kv_source[layer] != layer:
             continue
         readers = [r for r in range(cfg.n_layers) if (cfg.kv_source or tuple(range(cfg.n_layers)))[r] == layer]
-        masks = [cfg.masks[r % len(cfg.masks)] for r in readers]
+        masks, own = [cfg.mask(r) for r in readers], cfg.attention(layer)
         ring = store.kinds[0] in ("ring", "by_mask") and all(m.window for m in masks)
         widest = max(m.window for m in masks) + max(m.sinks for m in masks)
-        elements = cfg.n_k_heads * cfg.head_dim + (0 if cfg.tied_kv else cfg.n_v_heads * cfg.v_head_dim)
-        heads = cfg.n_k_heads + (0 if cfg.tied_kv else cfg.n_v_heads)
+        elements = own.n_k_heads * own.head_dim + (0 if own.tied_kv else own.n_v_heads * own.v_head_dim)
+        heads = own.n_k_heads + (0 if own.tied_kv else own.n_v_heads)
         slots = min(capacity, widest) if ring else capacity
         tokens = batch * -(-slots // store.multiple) * store.multiple
         if store.kinds == ("paged",):
             tokens = 16 * (1 + (store.pages or batch * -(-capacity // 16)))
         total += elements * tokens * BITS[store.dtype]
         if store.key_scale == "channel":
-            total += 32 * (batch * cfg.n_k_heads * cfg.head_dim + tokens * cfg.n_v_heads)
+            total += 32 * (batch * own.n_k_heads * own.head_dim + tokens * own.n_v_heads)
         elif BITS[store.dtype] < 16:
             total += 32 * tokens * heads
     assert total % 8 == 0
@@ -200,8 +201,8 @@ def test_declared_allocated_compiled():
     for name, cfg in tiny.CASES.items():
         for store_name, store in STORES.items():
             where = f"{name} x {store_name}"
-            ring_without_window = store.kinds == ("ring",) and not all(m.window for m in cfg.masks)
-            no_v = cfg.tied_kv and (store.layout == "v_lanes" or store.key_scale == "channel")
+            ring_without_window = store.kinds == ("ring",) and not all(layer.mask.window for layer in cfg.layers)
+            no_v = cfg.attention(0).tied_kv and (store.layout == "v_lanes" or store.key_scale == "channel")
             if cfg.scan_layers or ring_without_window or no_v:
                 with pytest.raises(UserError):
                     account.cache_bytes(cfg, store, batch, capacity)
@@ -212,7 +213,7 @@ def test_declared_allocated_compiled():
             declared = account.cache_bytes(cfg, store, batch, capacity)
             caches = cache.create(cfg, store, batch, capacity)
             leaves = jax.tree.leaves([c.leaves for c in caches if c is not None])
-            counters = sum(x.nbytes for x in jax.tree.leaves([(c.length, c.table) for c in caches if c is not None]))
+            counters = sum(x.nbytes for x in jax.tree.leaves([c.address for c in caches if c is not None]))
             assert declared == by_hand(cfg, store, batch, capacity), where
             assert declared == cache.nbytes(caches), where
             pages = 1 if store.kinds == ("paged",) else 0  # of a row, at this capacity: its table has one entry
@@ -405,7 +406,8 @@ def test_attention_flops_follow_the_mask():
         cfg = tiny.config(n_layers=1, masks=(mask,))
         q, k = np.arange(context)[:, None], np.arange(context)[None, :]
         seen = (k <= q) & ((q - k < mask.window) | (k < mask.sinks) if mask.window else True)
-        per_key = 2 * cfg.n_heads * (cfg.head_dim + cfg.v_head_dim)
+        heads = cfg.attention(0)
+        per_key = 2 * heads.n_heads * (heads.head_dim + heads.v_head_dim)
         decode = account.flops(cfg, context, "decode").attention
         assert decode == per_key * seen[-1].sum()
         for phase, times in (("prefill", 1), ("train", 3)):

@@ -42,7 +42,7 @@ def padded(cfg: ModelConfig, chips: int) -> tuple[ModelConfig, tuple[str, ...]]:
     if heads:
         notes.append(f"N {', '.join(map(str, sorted(counts)))} -> {', '.join(map(str, sorted(heads)))}")
     wider = tuple(
-        layer.attention.replace(n_heads=_up(layer.attention.n_heads, chips)) if heads else layer.attention
+        dataclasses.replace(layer.attention, n_heads=_up(layer.attention.n_heads, chips)) if heads else layer.attention
         for layer in cfg.layers
     )
     return cfg.replace(vocab_size=vocab, attentions=wider), tuple(notes)

@@ -10,7 +10,7 @@ import pytest
 from configs import sizes, variants
 from experiments.common import cli
 from kvattn import convert, model, spec
-from kvattn.config.legality import check_model_cache as validate_cache
+from kvattn.attention import gate
 from kvattn.errors import UserError
 from tests.helpers.paths import ROOT
 
@@ -98,7 +98,7 @@ def test_rows_convert_smollm2(name, small_smollm2):
     assert got == spec.map_specs(lambda s: s.shape, model.param_specs(done.model))
     smaller = spec.count(model.param_specs(done.model)) < spec.count(model.param_specs(cfg))
     assert smaller == any(step.kind != "window" for step in row.convert)
-    validate_cache(done.model, row.cache)
+    gate(done.model, row.cache)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

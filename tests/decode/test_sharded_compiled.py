@@ -59,7 +59,7 @@ def test_a_decode_step_is_near_its_floor_and_the_doctor_names_nothing(compiler, 
     assert [str(f) for f in step.findings if f.severity == "warning"] == []
     ratio = sum(step.cycles.values()) / sum(floor.cycles.values())
     assert 1 < ratio <= TIMES_FLOOR, f"{ratio:.3f} times the floor"
-    caches = BATCH * CONTEXT * 2 * CFG.head_dim * 2 * CFG.n_layers // CHIPS
+    caches = BATCH * CONTEXT * 2 * CFG.attention(0).head_dim * 2 * CFG.n_layers // CHIPS
     assert caches <= step.memory.aliased < 1.01 * caches
     counted = {(c.op, c.axes): c.bytes for c in step.collectives}
     assert counted, "the program must have collectives"

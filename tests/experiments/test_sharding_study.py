@@ -366,11 +366,11 @@ def test_command(tmp_path, flags, code, message):
 
 def test_padding_is_the_papers_and_says_so():
     cfg, notes = program_lib.padded(size("palm-540b"), 64)
-    assert (cfg.vocab_size, cfg.n_heads) == (262144, 64) and notes == ("W 256128 -> 262144", "N 48 -> 64")
+    assert (cfg.vocab_size, cfg.attention(0).n_heads) == (262144, 64) and notes == ("W 256128 -> 262144", "N 48 -> 64")
     same, notes = program_lib.padded(size("smollm2-1.7b"), 8)
     assert same == size("smollm2-1.7b") and notes == ()
     cfg, notes = program_lib.padded(GQA, 8)  # a new query head would need a K/V group
-    assert cfg.n_heads == 6 and notes == ("W 1000 -> 1024",)
+    assert cfg.attention(0).n_heads == 6 and notes == ("W 1000 -> 1024",)
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
@@ -390,10 +390,11 @@ def test_cuts_are_small_legal_and_keep_the_variant(name):
     }
     small, mesh = cut_lib.cut(json.loads(json.dumps(job)))
     got = c.from_config_dict(small["model"], c.ModelConfig)
-    assert mesh == (2, 2, 2) and small["batch"] == 16 and got.n_heads % 8 == 0
+    assert mesh == (2, 2, 2) and small["batch"] == 16 and got.attention(0).n_heads % 8 == 0
+    mine, whole = got.attention(0), cfg.attention(0)
     for one in ("n_k_heads", "n_v_heads"):
-        assert (getattr(got, one) == 1) == (getattr(cfg, one) == 1)
-        assert (getattr(got, one) == got.n_heads) == (getattr(cfg, one) == cfg.n_heads)
+        assert (getattr(mine, one) == 1) == (getattr(whole, one) == 1)
+        assert (getattr(mine, one) == mine.n_heads) == (getattr(whole, one) == whole.n_heads)
     assert (got.owners != tuple(range(got.n_layers))) == (cfg.owners != tuple(range(cfg.n_layers)))
     assert (got.mlp, got.residual, got.norm, got.tied_embeddings) == (
         cfg.mlp,

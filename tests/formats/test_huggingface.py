@@ -316,7 +316,7 @@ REFUSED = {
         with_layer(square(), attention=NoAttention()),
         r"plain heads alike in all layers.*\(heads, none\)",
     ),
-    "two head counts": (square(attentions=(HEADS, HEADS.replace(n_heads=3))), "alike in all layers"),
+    "two head counts": (square(attentions=(HEADS, dataclasses.replace(HEADS, n_heads=3))), "alike in all layers"),
     "head groups": (with_layer(square(), groups=(HeadGroup(1), HeadGroup(2, tiny.WINDOW))), "layer 1 .* has 2 groups"),
     "a memory": (with_layer(square(), reads="memory", mask=MaskConfig(kind="full")), "layer 1 .* reads a memory"),
     "a full view": (square(masks=(MaskConfig(kind="full"),)), r"model.masks is \(MaskConfig.*kind='full'"),
