@@ -105,7 +105,7 @@ def _nearest(name: str, valid: list[str]) -> str:
 
 def _retype(value: Any, kind: Any, where: str) -> Any:
     """Converts `value` to the annotated type `kind`, naming `where` in every error."""
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, Tagged)):
         return _retype_dataclass(value, kind, where)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
