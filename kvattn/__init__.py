@@ -1,6 +1,8 @@
 """kvattn: which attention gives a model the best quality for its KV-cache bytes, latency and hardware.
 
-Importing the package registers what it ships: attention families (kvattn.attention).
+Importing the package registers what it ships: attention families (kvattn.attention), keep-policies
+(kvattn.cache.keep).
 """
 
 from kvattn import attention as _attention  # noqa: F401
+from kvattn.cache import keep as _keep  # noqa: F401

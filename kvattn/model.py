@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kvattn import cache as caches_lib
 from kvattn import layers, masks, spec
-from kvattn.attention import gate, segments
+from kvattn.attention import Softmax, gate, segments
 from kvattn.attention.segments import Made, View, Where
 from kvattn.config import CacheConfig, ModelConfig, period
 from kvattn.errors import UserError
@@ -134,7 +134,7 @@ def forward(
     """Logits of every position (or the last), and the caches with the tokens appended (None without caches).
 
     `collect` also returns, a tuple over layers each: `attention`, the output [B,T,D] before the residual add; `inputs`,
-    what the attention reads [B,T,D]; `queries` (softmax families), q[B,T,N,H]. Raises UserError for segment ids or a
+    what the attention reads [B,T,D]; `queries`, q[B,T,N,H] (None: no softmax). Raises UserError for segment ids or a
     memory where the model has no place for them.
     """
     x, caches, collected = hidden(params, cfg, inputs, caches=caches, collect=collect)
@@ -330,7 +330,7 @@ def attend_layer(params, cfg, layer, h, h_kv, this, cache, view, asked=()):
     if "inputs" in asked:
         seen["inputs"] = h
     if "queries" in asked:
-        seen["queries"] = family.queries(params, cfg, layer, h, where)
+        seen["queries"] = family.queries(params, cfg, layer, h, where) if isinstance(family, Softmax) else None
     return family.attend(params, cfg, layer, h, where, view), view, cache, seen
 
 
