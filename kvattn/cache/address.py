@@ -37,7 +37,8 @@ class Address:
         return held
 
     def positions(self, slots: int) -> jax.Array:
-        """Position of the token in each slot, [B, 1 | K, S] int32, -1 where there is none."""
+        """Position of the token in each slot, [B, 1 | K, S] int32, -1 where there is none, of leaves that hold `slots`
+        (or tokens a page)."""
         raise NotImplementedError
 
     def place(self, positions: jax.Array, slots: int) -> tuple[jax.Array | None, jax.Array]:
@@ -134,7 +135,7 @@ class Paged(Address):
         return self.page * self.table.shape[1]
 
     def positions(self, slots):
-        slot = jnp.arange(slots, dtype=jnp.int32)[None, :]
+        slot = jnp.arange(self.slots(slots), dtype=jnp.int32)[None, :]
         return key_positions(slot, self.length[:, None])[:, None, :]
 
     def place(self, positions, slots):
