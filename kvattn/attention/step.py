@@ -99,7 +99,9 @@ def _reason(cfg, layer: int, cache: caches.Cache, shape: SoftmaxShape, mask: Mas
                 f"rows of {leaf.dim} do not fill a TPU's {LANES} lanes, so that the cache would be copied; "
                 "use cache.layout lanes"
             )
-    group = shape.heads // shape.k_heads
+    leaves = cfg.attention(layer).leaves(cfg).values()
+    stored = next(leaf.shape[0] for leaf in leaves if leaf.role in ("key", "both"))  # 1 where K are made of a latent
+    group = shape.heads // stored
     rows, heads = (kv.length.shape[0], group) if kept else (1, group * kv.k.heads)
     q = jax.ShapeDtypeStruct((rows, 1, heads, kv.k.dim), dtype)
     try:
