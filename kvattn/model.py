@@ -182,6 +182,11 @@ def _check(cfg: ModelConfig, inputs: Inputs, caches: Any, collect: tuple[str, ..
         raise UserError("inputs have a memory and no layer of the model reads one; leave memory at None.")
     if reads and inputs.memory is None and (caches is None or inputs.empty):
         raise UserError("layers of the model read a memory and this pass has none to write; give inputs.memory.")
+    if inputs.memory is not None and caches is not None and not (inputs.empty and inputs.commit):
+        raise UserError(
+            "inputs have a memory in a pass that is not the first, or commits nothing; a memory is written once, give "
+            "it with empty and commit True."
+        )
     if cfg.scan_layers and (collect or reads or not inputs.commit or (caches is not None and not inputs.empty)):
         raise UserError(
             "model.scan_layers is True with filled caches or collect; use model.unstack_layers and scan_layers False."
