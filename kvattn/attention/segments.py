@@ -106,7 +106,7 @@ def view(family: Any, cfg: Any, layer: Layer, made: Made, where: Where, cache: A
     out, held = [], []
     for (mask, heads), (part, span) in zip(groups, parts(cache), strict=True):
         entries = {n: x[:, span] for n, x in made.entries.items()} if heads else made.entries
-        segments, new = _part(family, cfg, entries, where, part, made.state)
+        segments, new = _part(family, cfg, entries, where, part, made.state if part.state else None)
         out.append(Part(segments, mask, heads))
         held.append(new)
     new = held[0] if isinstance(cache, Cache) else Groups(tuple(held), cache.heads)
