@@ -13,12 +13,13 @@ from kvattn import prepare
 from kvattn.config import Experiment
 from kvattn.errors import UserError
 from kvattn.train import loop as train
+from kvattn.train.processes import join_processes
 
 
 def main(cfg: Experiment) -> int:
     if not cfg.workdir:
         raise UserError("config.workdir is empty; name the directory for checkpoints and metrics.")
-    train.join_processes()
+    join_processes()
     train.fit_prepared(cfg, prepare.for_training(cfg))
     return 0
 

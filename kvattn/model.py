@@ -340,10 +340,7 @@ def attend_layer(params, cfg, layer, h, h_kv, this, cache, view, asked=()):
             view, cache = segments.view(family, cfg, cfg.layer(layer), made, where, cache)
             if "pending" in asked:
                 seen["pending"] = Pending(made.entries, h_kv if made.state else None)
-    if "inputs" in asked:
-        seen["inputs"] = h
-    if "kv_inputs" in asked:
-        seen["kv_inputs"] = h_kv
+    seen |= {name: x for name, x in (("inputs", h), ("kv_inputs", h_kv)) if name in asked}
     if "queries" in asked:
         seen["queries"] = family.queries(params, cfg, layer, h, where) if isinstance(family, Softmax) else None
     return family.attend(params, cfg, layer, h, where, view), view, cache, seen

@@ -6,7 +6,7 @@
 
 `experiments.launching.targets` writes the text for each kind of machine, `experiments.launching.local` starts processes
 here. Nothing talks to a cloud: the reader starts the text, or not.
-Every target runs one process a host, and the processes find each other through `train.join_processes`.
+Every target runs one process a host, and the processes find each other through `kvattn.train.processes`.
 """
 
 import dataclasses
