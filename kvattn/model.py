@@ -234,7 +234,7 @@ def where_of(
     q_here, made = place(positions, "act_batch"), tokens("k_batch")
     q_tables = tables(q_here)
     k_tables = q_tables if made.positions is q_here else tables(made.positions)
-    return Where(q_tables, k_tables, made, tokens("fresh_batch"), tokens("attn_batch"), empty, commit)
+    return Where(q_tables, k_tables, made, tokens("own_batch"), tokens("attn_batch"), empty, commit)
 
 
 def _loop_layers(blocks, cfg, x, this, caches, collect):

@@ -25,14 +25,14 @@ from sharding import per_chip
 SPLASH_BLOCK = 1024  # queries and keys of a block: above, a v5e's 16 MiB of scoped VMEM do not hold them
 SPLASH_COMPUTE = 512
 
-_Q = ("fresh_batch", "act_length", "fresh_heads", "act_head_dim")
-_IDS = ("fresh_batch", "act_length")
+_Q = ("own_batch", "act_length", "own_heads", "act_head_dim")
+_IDS = ("own_batch", "act_length")
 
 
 def _axes(op: Operand, *last: tuple) -> tuple:
     """Logical axes of (q, k, v, last): a chip holds the K/V heads of its query heads, or the only one."""
-    split = ["fresh_heads" if x.heads > 1 else None for x in (op.k, op.v)]
-    kv = [("fresh_batch", heads, "act_length", "act_head_dim") for heads in split]
+    split = ["own_heads" if x.heads > 1 else None for x in (op.k, op.v)]
+    kv = [("own_batch", heads, "act_length", "act_head_dim") for heads in split]
     return (_Q, *kv, *last)
 
 

@@ -172,4 +172,4 @@ def _read(cache: Cache) -> Segment:
 
 def own_heads(leaf: Leaf, q_heads: int, own: bool) -> Leaf:
     """Of a pass's own K or V with all heads here, those that this chip's query heads read; a cache as it is."""
-    return Leaf(own_group(leaf.values, q_heads, "fresh_heads")) if own else leaf
+    return Leaf(own_group(leaf.values, q_heads, "own_heads")) if own else leaf

@@ -229,7 +229,7 @@ def generate(
     `on_token(row, token)` is handed the tokens as they come, STREAM_STEPS steps at a time; without it the host looks
     once, at the end. Either way each token is computed once, and the tokens are the same. `seeds`: see
     sampling.create. `settle` turns the caches of the prompt into those to decode with (give the same function again
-    to compile once).
+    to compile once); None: what cache_cfg.keep drops, where there is one.
 
     A paged cache gets all its pages up front: those of each prompt and its max_new_tokens.
 
@@ -241,6 +241,7 @@ def generate(
     batch, new = len(prompts), decode_cfg.max_new_tokens
     if new < 1:
         raise UserError(f"decode.max_new_tokens is {new}; it must be at least 1.")
+    settle = settle or _by_policy(cfg, cache_cfg, new)
     sampler = sampling.create(decode_cfg, batch, seeds)
     longest = max(len(prompt) for prompt in prompts)
     capacity = plan_capacity(cfg, cache_cfg, longest, new)
@@ -275,6 +276,14 @@ def generate(
         capacity=capacity,
         compile_seconds=compile_seconds,
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _by_policy(cfg: ModelConfig, cache_cfg: CacheConfig, new: int) -> Settle | None:
+    """What cache_cfg.keep leaves of a prompt's caches, with room for `new` tokens."""
+    if cache_cfg.keep is None:
+        return None
+    return functools.partial(cache.settle, cfg, cache_cfg, room=new)
 
 
 def _programs(

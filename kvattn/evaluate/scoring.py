@@ -60,6 +60,12 @@ def score(
 
     Raises UserError: token ids outside the vocabulary, a cache that cannot hold a sequence, or NaN logits.
     """
+    if cache_cfg.keep is not None:
+        raise UserError(
+            f"cache.keep is {cache_cfg.keep.tag!r}, which drops tokens of a prompt before it is continued; here "
+            "text is "
+            "scored as it is read and nothing would be dropped, leave cache.keep out."
+        )
     check_ids(cfg, sequences.tokens, "tokens")
     check_ids(cfg, sequences.targets, "targets")
     count, width = sequences.tokens.shape

@@ -140,7 +140,7 @@ def predict(
     n = math.prod(mesh.values())
     _check(row, n, phase=phase, batch=batch, tokens=tokens, context=context, links=links)
     table = _table(work, layout, mesh, batch, context)
-    fresh = tokens > 1 and tokens == context
+    own = tokens > 1 and tokens == context
     found = traffic.of_pass(work, layout, table, mesh, batch=batch, tokens=tokens, context=context)
     sized = {"act": work.act_bytes, "weight": work.weight_bytes, "float32": 4}
     seconds = [(c, c.wire * sized[c.dtype] / _bandwidth(row, c, links)) for c in found]
@@ -152,8 +152,8 @@ def predict(
         tokens=rows,
         counted_params=work.counted_params or work.n_params,
         residual=work.residual,
-        flops=_flops(work, layout, table, mesh, rows, batch, context, fresh),
-        hbm_bytes=_hbm(work, layout, table, mesh, batch, tokens, context, fresh),
+        flops=_flops(work, layout, table, mesh, rows, batch, context, own),
+        hbm_bytes=_hbm(work, layout, table, mesh, batch, tokens, context, own),
         collectives=found,
         element_bytes=sized,
         interconnect_seconds=sum(s for _, s in seconds),
@@ -255,14 +255,14 @@ def _bandwidth(chip: Chip, c: Collective, links: str) -> float:
 # --- compute and HBM -----------------------------------------------------------------------------------
 
 
-def _flops(work: Workload, layout: Layout, table: Rules, mesh, rows: int, batch: int, context: int, fresh: bool):
+def _flops(work: Workload, layout: Layout, table: Rules, mesh, rows: int, batch: int, context: int, own: bool):
     n = math.prod(mesh.values())
-    names = ("fresh_batch", "fresh_heads") if fresh else ("attn_batch", "attn_heads")
+    names = ("own_batch", "own_heads") if own else ("attn_batch", "attn_heads")
     split = parts(table[names[0]] + table[names[1]], mesh)
     total = 2 * batch * work.d_model * work.vocab / n
     for one in work.layers:
         dense = sum(2 * rows * w.size / parts(_computed(table, w), mesh) for w in one.weights)
-        keys = one.seen(context) if fresh else _keys(one, one.seen(context), layout, mesh, context)
+        keys = one.seen(context) if own else _keys(one, one.seen(context), layout, mesh, context)
         per_token = 2 * one.n_heads * (one.score_dim + one.value_dim) * keys + one.token_flops
         total += one.count * (dense + rows * per_token / split)
     return total
@@ -282,7 +282,7 @@ def _keys(layer: Layer, seen: int, layout: Layout, mesh, context: int) -> int:
     return min(seen, math.ceil(layer.held(context) / parts(layout.kv_seq, mesh)))
 
 
-def _hbm(work: Workload, layout: Layout, table: Rules, mesh, batch: int, tokens: int, context: int, fresh: bool):
+def _hbm(work: Workload, layout: Layout, table: Rules, mesh, batch: int, tokens: int, context: int, own: bool):
     unused = 0 if work.tied else (work.vocab - min(batch * tokens, work.vocab)) * work.d_model
     tables = parts(table["vocab"] + table["embed"], mesh)
     out = {
@@ -294,9 +294,9 @@ def _hbm(work: Workload, layout: Layout, table: Rules, mesh, batch: int, tokens:
     for one in work.layers:
         gathered = sum(c.count * c.elements for w in one.weights for c in traffic.gather_weight(w, table, mesh))
         out["gathered"] += one.count * 2 * work.weight_bytes * gathered
-        if fresh:
+        if own:
             width = sum(leaf.size for leaf in one.stored("token"))
-            whole = parts(table["fresh_batch"] + table["fresh_k_heads"], mesh)
+            whole = parts(table["own_batch"] + table["own_k_heads"], mesh)
             out["kv_read"] += one.count * batch * tokens * width * work.act_bytes / whole
         else:
             reached = min(one.visible + tokens - 1 if one.visible else context, context)

@@ -181,14 +181,14 @@ def projections(layer: Layer, table: Rules, mesh, tokens: int) -> list[Collectiv
     return out
 
 
-def attention(layer: Layer, layout: Layout, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
+def attention(layer: Layer, layout: Layout, table: Rules, mesh, tokens: int, own: bool) -> list[Collective]:
     """The way of queries to the cache's layout and of results back, and the merge of partial softmaxes over kv_seq.
-    `fresh`: attention inside the pass's own tokens."""
+    `own`: attention inside the pass's own tokens."""
     rows, made = tokens * layer.n_heads, ("act_batch", "act_q_heads")
     score, value = rows * layer.score_dim, rows * layer.value_dim
     moved, merged = _Mover("resharding", table, mesh), _Mover("merge", table, mesh)
-    if fresh:
-        there = ("fresh_batch", "fresh_heads")
+    if own:
+        there = ("own_batch", "own_heads")
         return moved.reshard(score, made, there) + moved.reshard(value, there, made)
     there, back = ("attn_batch", "attn_heads"), ("attn_batch", "attn_out_heads")
     out = moved.reshard(score, made, there, gathers="merge" if layout.kv_seq else "")
@@ -200,8 +200,8 @@ def attention(layer: Layer, layout: Layout, table: Rules, mesh, tokens: int, fre
     return out + moved.reshard(value, back, made)
 
 
-def kv(layer: Layer, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
-    """New entries of an owner, from the projection to the cache: B x T tokens, `fresh` ones also to every query. A leaf
+def kv(layer: Layer, table: Rules, mesh, tokens: int, own: bool) -> list[Collective]:
+    """New entries of an owner, from the projection to the cache: B x T tokens, `own` ones also to every query. A leaf
     that no projection of D leads to (a latent's) is whole on every chip; states stay where they are updated."""
     out, moved = [], _Mover("kv", table, mesh)
     for leaf in layer.stored("token"):
@@ -211,8 +211,8 @@ def kv(layer: Layer, table: Rules, mesh, tokens: int, fresh: bool) -> list[Colle
             projected = (table["act_batch"], _without(table[f"{one}_heads"], table["act_batch"]))
             out += moved.reduce(elements, table["act_embed"], projected, made)
         out += moved.reshard(elements, made, ("cache_batch", "cache_heads"))
-        if fresh:
-            out += moved.reshard(elements, made, ("fresh_batch", f"fresh_{one}_heads"))
+        if own:
+            out += moved.reshard(elements, made, ("own_batch", f"own_{one}_heads"))
     return out
 
 
@@ -284,10 +284,10 @@ def _without(axes, gone) -> Axes:
 
 def of_pass(work: Workload, layout: Layout, table: Rules, mesh, *, batch: int, tokens: int, context: int) -> tuple:
     """Every collective of one pass of `batch` sequences x `tokens` tokens that end at `context`, alike ones merged."""
-    rows, fresh = batch * tokens, tokens > 1 and tokens == context
+    rows, own = batch * tokens, tokens > 1 and tokens == context
     found: list[Collective] = ends(work, table, mesh, batch, rows)
     for layer in work.layers:
-        one = of_layer(layer, work, layout, table, mesh, rows, fresh)
+        one = of_layer(layer, work, layout, table, mesh, rows, own)
         found += [dataclasses.replace(c, count=c.count * layer.count) for c in one]
     merged: dict[Collective, int] = {}
     for c in found:
@@ -297,7 +297,7 @@ def of_pass(work: Workload, layout: Layout, table: Rules, mesh, *, batch: int, t
 
 
 def of_layer(
-    layer: Layer, work: Workload, layout: Layout, table: Rules, mesh, rows: int, fresh: bool
+    layer: Layer, work: Workload, layout: Layout, table: Rules, mesh, rows: int, own: bool
 ) -> list[Collective]:
     """The collectives of one layer for `rows` = B x T tokens."""
     out = norms(layer.norms, work, table, mesh, rows)
@@ -309,9 +309,9 @@ def of_layer(
     out += pair[:1] if layer.kv_norm else []  # the owner's K, V read the stream through a norm of their own
     out += projections(layer, table, mesh, rows)
     if layer.n_heads:
-        out += attention(layer, layout, table, mesh, rows, fresh)
+        out += attention(layer, layout, table, mesh, rows, own)
     if layer.owner:
-        out += kv(layer, table, mesh, rows, fresh)
+        out += kv(layer, table, mesh, rows, own)
     for weight in layer.weights:
         out += gather_weight(weight, table, mesh)
     return out

@@ -43,14 +43,14 @@ _TRAINING = {
     "v_batch": ("data", "fsdp"),
     "act_k_heads": "tensor",
     "act_v_heads": "tensor",
-    # attention, over a cache (attn_) and inside the tokens of one pass (fresh_)
+    # attention, over a cache (attn_) and inside the tokens of one pass (own_)
     "attn_batch": ("data", "fsdp"),
     "attn_heads": "tensor",
     "attn_out_heads": "tensor",
-    "fresh_batch": ("data", "fsdp"),
-    "fresh_heads": "tensor",
-    "fresh_k_heads": "tensor",
-    "fresh_v_heads": "tensor",
+    "own_batch": ("data", "fsdp"),
+    "own_heads": "tensor",
+    "own_k_heads": "tensor",
+    "own_v_heads": "tensor",
     # caches
     "cache_batch": ("data", "fsdp"),
     "cache_heads": "tensor",
@@ -58,7 +58,7 @@ _TRAINING = {
     "cache_dim": None,
 }
 
-_KV_REPLICATED = ("k_heads", "v_heads", "act_k_heads", "act_v_heads", "fresh_k_heads", "fresh_v_heads", "cache_heads")
+_KV_REPLICATED = ("k_heads", "v_heads", "act_k_heads", "act_v_heads", "own_k_heads", "own_v_heads", "cache_heads")
 
 RULES: dict[str, Rules] = {
     # data parallel x ZeRO-3 over D x Megatron tensor parallel over heads, MLP width and vocabulary

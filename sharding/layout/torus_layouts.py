@@ -157,10 +157,10 @@ def rules(layout: Layout, mesh: Mapping[str, int], dims: Mapping[str, int]) -> R
         "logit_batch": (),
         "logit_embed": embed,
         "act_vocab": ordered(stored + embed),
-        "fresh_batch": gone,
-        "fresh_heads": wide,
-        "fresh_k_heads": (),
-        "fresh_v_heads": (),
+        "own_batch": gone,
+        "own_heads": wide,
+        "own_k_heads": (),
+        "own_v_heads": (),
         **_attention(layout, mesh, dims, wide),
     }
 

@@ -139,7 +139,7 @@ act_vocab z+y+x
 attn_batch x+y+z
 cache_batch x+y+z
 embed x
-fresh_heads z+y+x
+own_heads z+y+x
 k_batch x+y+z
 logit_embed x
 mlp z+y
@@ -157,7 +157,7 @@ act_vocab z+y+x
 attn_heads z
 attn_out_heads z
 cache_heads z
-fresh_heads z+y+x
+own_heads z+y+x
 k_heads z+y
 mlp z+y+x
 q_heads z+y+x
@@ -171,7 +171,7 @@ act_vocab z+y+x
 attn_batch x+y+z
 cache_batch x+y+z
 embed x
-fresh_batch x+y+z
+own_batch x+y+z
 k_batch x+y+z
 logit_embed x
 mlp z+y
@@ -192,7 +192,7 @@ attn_out_heads z
 cache_batch x+y
 cache_heads z
 embed x
-fresh_heads z+y+x
+own_heads z+y+x
 k_batch x
 k_heads z+y
 logit_embed x
@@ -247,7 +247,7 @@ def test_no_table_puts_two_dims_of_an_array_on_one_axis():
         ("v_batch", "act_v_heads"),
         ("attn_batch", "attn_heads"),
         ("attn_batch", "attn_out_heads"),
-        ("fresh_batch", "fresh_heads"),
+        ("own_batch", "own_heads"),
         ("logit_batch", "act_vocab"),
     ]
     for one, dims in itertools.product(ALL, (MQA, GQA, MHA)):
