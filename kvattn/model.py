@@ -347,10 +347,13 @@ def attend_layer(params, cfg, layer, h, h_kv, this, cache, view, asked=()):
 
 
 def _state_before(cfg: ModelConfig, layer: int, x: jax.Array, cache: Any) -> dict[str, jax.Array]:
-    """The states [B, ...] that tokens x[B,T,D] meet: the cache's, or zeros."""
-    if cache is not None:
-        return {name: s for part, _ in caches_lib.parts(cache) for name, s in part.state.items()}
+    """The states [B, ...] that tokens x[B,T,D] meet: the cache's, in the rows that entries are made in, or zeros."""
     declared = caches_lib.states(cfg.attention(layer).leaves(cfg))
+    if cache is not None:
+        held = {name: s for part, _ in caches_lib.parts(cache) for name, s in part.state.items()}
+        return {
+            n: reshard(s, ("cache_batch", *declared[n].axes), ("k_batch", *declared[n].axes)) for n, s in held.items()
+        }
     return {name: jnp.zeros((x.shape[0], *leaf.shape), leaf.dtype or jnp.float32) for name, leaf in declared.items()}
 
 

@@ -101,12 +101,12 @@ def view(family: Any, cfg: Any, layer: Layer, made: Made, where: Where, cache: A
         segments = _own(family, cfg, made.entries, where) if made.entries else None
         out = tuple(Part((_heads(segments, h),), mask, h) for mask, h in groups) if segments else ()
         if cache is not None and where.commit:
-            cache = append(cache, {}, where.cached.positions, made.state)
+            cache = append(cache, {}, where.cached.positions, _kept_state(family, cfg, made))
         return View(out, before, made.pass_only), cache
     out, held = [], []
     for (mask, heads), (part, span) in zip(groups, parts(cache), strict=True):
         entries = {n: x[:, span] for n, x in made.entries.items()} if heads else made.entries
-        segments, new = _part(family, cfg, entries, where, part, made.state if part.state else None)
+        segments, new = _part(family, cfg, entries, where, part, _kept_state(family, cfg, made) if part.state else None)
         out.append(Part(segments, mask, heads))
         held.append(new)
     new = held[0] if isinstance(cache, Cache) else Groups(tuple(held), cache.heads)
@@ -117,6 +117,14 @@ def read_only(layer: Layer, cache: Any) -> View:
     """The view of a store that was written once: nothing is made, nothing is appended."""
     groups = zip(_groups(layer, cache), parts(cache), strict=True)
     return View(tuple(Part((_read(part),), mask, heads) for (mask, heads), (part, _) in groups), _state(cache))
+
+
+def _kept_state(family: Any, cfg: Any, made: Made) -> dict[str, jax.Array]:
+    """The states after a pass, in the rows that caches are held in."""
+    leaves = family.leaves(cfg)
+    return {
+        n: reshard(s, ("k_batch", *leaves[n].axes), ("cache_batch", *leaves[n].axes)) for n, s in made.state.items()
+    }
 
 
 def _state(cache: Any) -> dict[str, jax.Array]:

@@ -25,7 +25,7 @@ from kvattn.config.check import at_least, need
 from kvattn.layers import BLOCK, dense, rotate
 from kvattn.spec import ParamSpec
 from pallas_kernels import Leaf
-from sharding import once
+from sharding import once, reshard
 from tests.helpers import oracles, tiny
 
 _Q = ("act_batch", "act_length", "act_q_heads", "act_head_dim")
@@ -142,7 +142,7 @@ class Foreign(Softmax, tag="test_foreign"):
 
     def output(self, params, cfg, layer, context, view):
         out = dense(context, params["halo"], None, ("q_heads", "value_dim", "embed"), _Q, None)
-        omega = view.pass_only.astype(out.dtype)
+        omega = reshard(view.pass_only, _ONE[:2] + (None,), ("act_batch", "act_length", None)).astype(out.dtype)
         return out + once(jnp.einsum("bte,ed->btd", omega, params["echo"]), "q_heads")
 
 
