@@ -17,7 +17,7 @@ import numpy as np
 
 from kvattn.attention import Softmax
 from kvattn.attention.operand import Operand, SoftmaxShape
-from kvattn.attention.segments import Made, own_heads
+from kvattn.attention.segments import Made
 from kvattn.cache import LeafSpec
 from kvattn.cache.encode import cast, decode
 from kvattn.config import Layer, ModelConfig, RopeConfig
@@ -115,16 +115,17 @@ class Foreign(Softmax, tag="test_foreign"):
     def operand(self, params, cfg, layer, q, segment):
         zeta, c = segment.leaves["zeta"], self.latent
         dtype = q["still"].dtype
+        heads = "own_heads" if segment.own else "attn_heads"  # as q is split
+        lift = reshard(params["lift"], ("head_dim", "q_heads", "head_dim"), ("head_dim", heads, "head_dim"))
+        fall = reshard(params["fall"], ("head_dim", "q_heads", "value_dim"), ("head_dim", heads, "value_dim"))
         if segment.own:  # expanded
             held = decode(zeta, dtype)[:, 0]
-            n = q["still"].shape[2]
-            k = jnp.einsum("bsc,cnh->bnsh", held[..., :c], params["lift"])
+            k = jnp.einsum("bsc,cnh->bnsh", held[..., :c], lift)
             shared = jnp.broadcast_to(held[:, None, :, c:], (*k.shape[:3], self.rotary))
-            k = jnp.concatenate([k, shared], -1)
-            v = jnp.einsum("bsc,cnv->bnsv", held[..., :c], params["fall"])
-            k, v = (own_heads(Leaf(a), n, True) for a in (k, v))
+            v = jnp.einsum("bsc,cnv->bnsv", held[..., :c], fall)
+            k, v = Leaf(jnp.concatenate([k, shared], -1)), Leaf(v)
             return Operand(jnp.concatenate([q["still"], q["turned"]], -1), k, v, self.scale)
-        lifted = jnp.einsum("btnh,cnh->btnc", q["still"], params["lift"])
+        lifted = jnp.einsum("btnh,cnh->btnc", q["still"], lift)
         k = cast(zeta, dtype)
         values = k.values[:, :, :c] if k.lanes else k.values[..., :c]
         return Operand(
@@ -132,7 +133,7 @@ class Foreign(Softmax, tag="test_foreign"):
             k,
             Leaf(values, k.scale, k.lanes),
             self.scale,
-            finish=lambda out: jnp.einsum("btnc,cnv->btnv", out, params["fall"].astype(out.dtype)),
+            finish=lambda out: jnp.einsum("btnc,cnv->btnv", out, fall.astype(out.dtype)),
             kv=self.kernel_kv(cfg, segment.cache),
             address=segment.cache.address,
         )
@@ -143,7 +144,10 @@ class Foreign(Softmax, tag="test_foreign"):
     def output(self, params, cfg, layer, context, view):
         out = dense(context, params["halo"], None, ("q_heads", "value_dim", "embed"), _Q, None)
         omega = reshard(view.pass_only, _ONE[:2] + (None,), ("act_batch", "act_length", None)).astype(out.dtype)
-        return out + once(jnp.einsum("bte,ed->btd", omega, params["echo"]), "q_heads")
+        made = dense(
+            omega, params["echo"], None, ("head_dim", "embed"), ("act_batch", "act_length", "act_head_dim"), None
+        )
+        return out + once(made, "q_heads")
 
 
 def oracle(p, cfg, layer, h, h_kv, shared, positions):
