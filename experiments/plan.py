@@ -17,6 +17,7 @@ from rich.console import Console
 
 from configs.sizes import size
 from experiments.common import cli
+from experiments.launching.command import parse_slice
 from kvattn import plan
 from kvattn.config import CacheConfig
 
@@ -42,8 +43,16 @@ ROWS = flags.DEFINE_integer("rows", 12, "rows to show")
 JSON = flags.DEFINE_bool("json", False, "print the plan as one line of JSON on stdout")
 
 
+def machine() -> tuple[str, int]:
+    """(chip, chips) of --slice where there is one. Raises UserError."""
+    if not SLICE.value:
+        return CHIP.value, CHIPS.value
+    where = parse_slice(SLICE.value)
+    return where.chip, where.chips
+
+
 def main() -> int:
-    chip, chips = plan.machine(SLICE.value, CHIP.value, CHIPS.value)
+    chip, chips = machine()
     asked = {flag.name: flag.value for flag in ASKED} | {"chip": chip, "chips": chips, "latency": LATENCY.value / 1e3}
     layouts, meshes = plan.parse_layouts(LAYOUT.value), plan.parse_mesh(MESH.value)
     found = plan.plan(size(SIZE.value), CacheConfig(dtype="bfloat16"), layouts=layouts, meshes=meshes, **asked)

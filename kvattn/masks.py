@@ -22,6 +22,11 @@ class Tokens(NamedTuple):
     segments: jax.Array | None = None
 
 
+def as_keys(tokens: Tokens) -> Tokens:
+    """Tokens at positions[B,T] as keys see them: positions[B,1,T], alike for all heads."""
+    return Tokens(tokens.positions[:, None, :], tokens.segments)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """Base of all masks; combine with & and |."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from kvattn import cache as caches_lib
 from kvattn import layers, masks, spec
-from kvattn.attention import gate, segments
+from kvattn.attention import Softmax, gate, segments
 from kvattn.attention.segments import Made, View, Where
 from kvattn.config import CacheConfig, ModelConfig, period
 from kvattn.errors import UserError
@@ -136,8 +136,8 @@ def forward(
     """Logits of every position (or the last), and the caches with the tokens appended (None without caches).
 
     `collect` also returns, a tuple over layers each: `attention`, the output [B,T,D] before the residual add; `inputs`,
-    what the attention reads [B,T,D]; `kv_inputs`, what K and V are made from (the same without kv_norm); `queries`
-    (softmax families), q[B,T,N,H]. Raises UserError for segment ids or a memory where the model has no place for them.
+    what the attention reads [B,T,D]; `kv_inputs`, what K and V are made from (the same without kv_norm); `queries`,
+    q[B,T,N,H] (None: no softmax). Raises UserError for segment ids or a memory where the model has no place for them.
     """
     x, caches, collected = hidden(params, cfg, inputs, caches=caches, collect=collect)
     if inputs.last_only:
@@ -184,6 +184,11 @@ def _check(cfg: ModelConfig, inputs: Inputs, caches: Any, collect: tuple[str, ..
         raise UserError("inputs have a memory and no layer of the model reads one; leave memory at None.")
     if reads and inputs.memory is None and (caches is None or inputs.empty):
         raise UserError("layers of the model read a memory and this pass has none to write; give inputs.memory.")
+    if inputs.memory is not None and caches is not None and not (inputs.empty and inputs.commit):
+        raise UserError(
+            "inputs have a memory in a pass that is not the first, or commits nothing; a memory is written once, give "
+            "it with empty and commit True."
+        )
     if cfg.scan_layers and (collect or reads or not inputs.commit or (caches is not None and not inputs.empty)):
         raise UserError(
             "model.scan_layers is True with filled caches or collect; use model.unstack_layers and scan_layers False."
@@ -337,7 +342,7 @@ def attend_layer(params, cfg, layer, h, h_kv, this, cache, view, asked=()):
                 seen["pending"] = Pending(made.entries, h_kv if made.state else None)
     seen |= {name: x for name, x in (("inputs", h), ("kv_inputs", h_kv)) if name in asked}
     if "queries" in asked:
-        seen["queries"] = family.queries(params, cfg, layer, h, where)
+        seen["queries"] = family.queries(params, cfg, layer, h, where) if isinstance(family, Softmax) else None
     return family.attend(params, cfg, layer, h, where, view), view, cache, seen
 
 

@@ -1,6 +1,5 @@
 """The ledger: the papers' published numbers, and declared == allocated == compiled for every variant x store."""
 
-import dataclasses
 import math
 
 import jax
@@ -10,15 +9,17 @@ import pytest
 from rich.console import Console
 
 from kvattn import account, cache, model
+from kvattn.attention.heads import heads_model
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
-from kvattn.convert import cross_layer
+from kvattn.convert.cla import cla_sources
+from kvattn.convert.mlkv import mlkv_sources
 from kvattn.errors import UserError
 from sharding.cost import hardware
 from tests.helpers import tiny
 
 BF16 = CacheConfig(dtype="bfloat16")
 
-LLAMA3_8B = ModelConfig(
+LLAMA3_8B = heads_model(
     vocab_size=128256,
     d_model=4096,
     n_layers=32,
@@ -30,7 +31,7 @@ LLAMA3_8B = ModelConfig(
     d_ff=14336,
     tied_embeddings=False,
 )
-SMOLLM2 = ModelConfig(
+SMOLLM2 = heads_model(
     vocab_size=49152,
     d_model=576,
     n_layers=30,
@@ -44,7 +45,7 @@ SMOLLM2 = ModelConfig(
 
 
 def cla_1b(head_dim, n_heads, kv_heads, sources) -> ModelConfig:
-    return ModelConfig(
+    return heads_model(
         d_model=2048,
         n_layers=20,
         d_ff=5472,
@@ -89,7 +90,7 @@ CLA_TABLE = {
 @pytest.mark.parametrize("name", CLA_TABLE)
 def test_cla_table(name):
     head_dim, n_heads, kv_heads, sharing, layers, expected = CLA_TABLE[name]
-    sources = cross_layer.cla_sources(20, sharing) if isinstance(sharing, int) else sharing
+    sources = cla_sources(20, sharing) if isinstance(sharing, int) else sharing
     cfg = cla_1b(head_dim, n_heads, kv_heads, sources)
     assert len(cfg.sources) == 20
     assert len(cfg.owners) == layers
@@ -100,14 +101,14 @@ def test_cla_table(name):
 def test_cla_3b_table():
     """arXiv 2405.12981, tuned runs at 3B: D = 3072, L = 32."""
     for head_dim, factor, expected in ((128, 1, 16384), (128, 2, 8192), (64, 1, 8192), (64, 2, 4096), (32, 1, 4096)):
-        cfg = ModelConfig(
+        cfg = heads_model(
             n_layers=32,
             n_heads=4,
             n_k_heads=1,
             n_v_heads=1,
             head_dim=head_dim,
             v_head_dim=head_dim,
-            kv_source=cross_layer.cla_sources(32, factor),
+            kv_source=cla_sources(32, factor),
         )
         assert account.kv_bytes_per_token(cfg, BF16) == expected
 
@@ -116,13 +117,13 @@ def test_published_bytes_per_token():
     assert account.kv_bytes_per_token(LLAMA3_8B, BF16) == 131072
     assert account.kv_bytes_per_token(SMOLLM2, BF16) == 2 * 30 * 3 * 64 * 2
     # DiffQKV: n_k d_k + n_v d_v elements; Sigma-1.5B has 26 layers, 32 query, 4 K, 16 V heads (arXiv 2501.13629).
-    sigma = ModelConfig(n_layers=26, n_heads=32, n_k_heads=4, n_v_heads=16, head_dim=64, v_head_dim=96)
+    sigma = heads_model(n_layers=26, n_heads=32, n_k_heads=4, n_v_heads=16, head_dim=64, v_head_dim=96)
     assert account.kv_bytes_per_token(sigma, BF16) == 26 * (4 * 64 + 16 * 96) * 2
     # MQA: k + v elements per token and layer whatever the number of query heads (arXiv 1911.02150).
     for heads in (1, 7, 16):
-        mqa = ModelConfig(n_layers=6, n_heads=heads, n_k_heads=1, n_v_heads=1, head_dim=128, v_head_dim=128)
+        mqa = heads_model(n_layers=6, n_heads=heads, n_k_heads=1, n_v_heads=1, head_dim=128, v_head_dim=128)
         assert account.kv_bytes_per_token(mqa, BF16) == 6 * (128 + 128) * 2
-    tied = ModelConfig(n_layers=5, n_heads=6, n_k_heads=3, n_v_heads=3, tied_kv=True)
+    tied = heads_model(n_layers=5, n_heads=6, n_k_heads=3, n_v_heads=3, tied_kv=True)
     assert account.kv_bytes_per_token(tied, BF16) == 5 * 3 * 16 * 2
 
 
@@ -137,14 +138,14 @@ def test_mlkv_total_heads():
         (6, 1, 6),
         (1, 1, 1),
     ):
-        cfg = ModelConfig(
+        cfg = heads_model(
             n_layers=12,
             n_heads=12,
             n_k_heads=heads,
             n_v_heads=heads,
             head_dim=64,
             v_head_dim=64,
-            kv_source=cross_layer.mlkv_sources(12, owners),
+            kv_source=mlkv_sources(12, owners),
         )
         assert account.kv_bytes_per_token(cfg, BF16) == 2 * total * 64 * 2
 
@@ -175,18 +176,18 @@ def by_hand(cfg, store, batch, capacity) -> int:
         if cfg.kv_source and cfg.kv_source[layer] != layer:
             continue
         readers = [r for r in range(cfg.n_layers) if (cfg.kv_source or tuple(range(cfg.n_layers)))[r] == layer]
-        masks = [cfg.masks[r % len(cfg.masks)] for r in readers]
+        masks, own = [cfg.mask(r) for r in readers], cfg.attention(layer)
         ring = store.kinds[0] in ("ring", "by_mask") and all(m.window for m in masks)
         widest = max(m.window for m in masks) + max(m.sinks for m in masks)
-        elements = cfg.n_k_heads * cfg.head_dim + (0 if cfg.tied_kv else cfg.n_v_heads * cfg.v_head_dim)
-        heads = cfg.n_k_heads + (0 if cfg.tied_kv else cfg.n_v_heads)
+        elements = own.n_k_heads * own.head_dim + (0 if own.tied_kv else own.n_v_heads * own.v_head_dim)
+        heads = own.n_k_heads + (0 if own.tied_kv else own.n_v_heads)
         slots = min(capacity, widest) if ring else capacity
         tokens = batch * -(-slots // store.multiple) * store.multiple
         if store.kinds == ("paged",):
             tokens = 16 * (1 + (store.pages or batch * -(-capacity // 16)))
         total += elements * tokens * BITS[store.dtype]
         if store.key_scale == "channel":
-            total += 32 * (batch * cfg.n_k_heads * cfg.head_dim + tokens * cfg.n_v_heads)
+            total += 32 * (batch * own.n_k_heads * own.head_dim + tokens * own.n_v_heads)
         elif BITS[store.dtype] < 16:
             total += 32 * tokens * heads
     assert total % 8 == 0
@@ -200,8 +201,8 @@ def test_declared_allocated_compiled():
     for name, cfg in tiny.CASES.items():
         for store_name, store in STORES.items():
             where = f"{name} x {store_name}"
-            ring_without_window = store.kinds == ("ring",) and not all(m.window for m in cfg.masks)
-            no_v = cfg.tied_kv and (store.layout == "v_lanes" or store.key_scale == "channel")
+            ring_without_window = store.kinds == ("ring",) and not all(layer.mask.window for layer in cfg.layers)
+            no_v = cfg.attention(0).tied_kv and (store.layout == "v_lanes" or store.key_scale == "channel")
             if cfg.scan_layers or ring_without_window or no_v:
                 with pytest.raises(UserError):
                     account.cache_bytes(cfg, store, batch, capacity)
@@ -212,7 +213,7 @@ def test_declared_allocated_compiled():
             declared = account.cache_bytes(cfg, store, batch, capacity)
             caches = cache.create(cfg, store, batch, capacity)
             leaves = jax.tree.leaves([c.leaves for c in caches if c is not None])
-            counters = sum(x.nbytes for x in jax.tree.leaves([(c.length, c.table) for c in caches if c is not None]))
+            counters = sum(x.nbytes for x in jax.tree.leaves([c.address for c in caches if c is not None]))
             assert declared == by_hand(cfg, store, batch, capacity), where
             assert declared == cache.nbytes(caches), where
             pages = 1 if store.kinds == ("paged",) else 0  # of a row, at this capacity: its table has one entry
@@ -302,7 +303,7 @@ def test_longest_context_of_palm():
         (256, 2, 42654),
         (256, 8, 10663),
     ):
-        per_chip = ModelConfig(
+        per_chip = heads_model(
             n_layers=118, n_heads=1, n_k_heads=1, n_v_heads=1, head_dim=head_dim, v_head_dim=head_dim
         )
         assert abs(account.max_context(per_chip, BF16, budget, batch) - expected) <= 1
@@ -321,7 +322,7 @@ def test_published_param_counts():
     assert account.param_count(SMOLLM2) == 134_515_008  # the number in the checkpoint's own card and file
     assert account.param_count(LLAMA3_8B) == 8_030_261_248
     for layers, d, f, heads, billions in ((32, 4096, 16384, 16, 8.63), (64, 8192, 32768, 32, 62.5)):
-        palm = ModelConfig(
+        palm = heads_model(
             vocab_size=256128,
             d_model=d,
             n_layers=layers,
@@ -360,7 +361,7 @@ def test_flops_equal_the_matmuls_of_the_traced_model(tiny_case):
     abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), cfg))
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     forward = jax.make_jaxpr(lambda p, t: model.forward(p, cfg, model.Inputs(t))[0].logits)(abstract, tokens)
-    unmasked = dataclasses.replace(cfg, masks=(MaskConfig(),), scan_layers=False)
+    unmasked = cfg.replace(masks=(MaskConfig(),), scan_layers=False)
     charged = account.flops_per_token(unmasked, length, "train") / 3
     assert dot_flops(forward.jaxpr) == batch * length * charged
 
@@ -387,14 +388,14 @@ def test_flops_equal_the_matmuls_of_the_traced_model(tiny_case):
 def test_attention_flops_follow_the_query_heads():
     """SQA, arXiv 2510.01817: 4 B Hq N^2 dh per layer, ratio to MHA = Hq / H exactly, in every phase."""
     sizes = dict(d_model=256, n_layers=8, head_dim=16, v_head_dim=16)
-    mha = ModelConfig(n_heads=16, n_k_heads=16, n_v_heads=16, **sizes)
-    sqa = ModelConfig(n_heads=4, n_k_heads=1, n_v_heads=1, **sizes)
+    mha = heads_model(n_heads=16, n_k_heads=16, n_v_heads=16, **sizes)
+    sqa = heads_model(n_heads=4, n_k_heads=1, n_v_heads=1, **sizes)
     n = 1024
     assert n * account.flops(mha, n, "train").attention == 3 * 8 * 4 * 16 * n**2 * 16
     for phase in account.PHASES:
         ratio = account.flops(sqa, n, phase).attention / account.flops(mha, n, phase).attention
         assert ratio == 4 / 16
-        gqa = ModelConfig(n_heads=16, n_k_heads=2, n_v_heads=2, **sizes)
+        gqa = heads_model(n_heads=16, n_k_heads=2, n_v_heads=2, **sizes)
         assert account.flops(gqa, n, phase).attention == account.flops(mha, n, phase).attention
 
 
@@ -405,7 +406,8 @@ def test_attention_flops_follow_the_mask():
         cfg = tiny.config(n_layers=1, masks=(mask,))
         q, k = np.arange(context)[:, None], np.arange(context)[None, :]
         seen = (k <= q) & ((q - k < mask.window) | (k < mask.sinks) if mask.window else True)
-        per_key = 2 * cfg.n_heads * (cfg.head_dim + cfg.v_head_dim)
+        heads = cfg.attention(0)
+        per_key = 2 * heads.n_heads * (heads.head_dim + heads.v_head_dim)
         decode = account.flops(cfg, context, "decode").attention
         assert decode == per_key * seen[-1].sum()
         for phase, times in (("prefill", 1), ("train", 3)):

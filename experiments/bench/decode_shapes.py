@@ -27,7 +27,6 @@ from experiments.common import machine
 from experiments.common.journal import write_whole
 from kvattn import account, cache, model
 from kvattn.attention.step import DECODERS, reason_against
-from kvattn.cache import quantized
 from kvattn.config import CacheConfig, DecodeConfig, ModelConfig
 from kvattn.decode import generation as decode
 from kvattn.decode import sampling
@@ -96,21 +95,22 @@ def filled_caches(trial: Trial, seed: int = 0) -> tuple[Any, ...]:
     """Caches that hold `context` - `steps` random tokens a sequence; pages in the pool's order."""
     key = jax.random.key(seed, impl="rbg")
 
-    def fill(entry: Any, number: int) -> Any:
-        leaf = quantized.as_leaf(entry)
+    def fill(leaf: Leaf, number: int) -> Leaf:
         scale = None if leaf.scale is None else leaf.scale.shape
         values, scales = draw(jax.random.fold_in(key, number), leaf.values.shape, scale, leaf.dtype.name)
-        return Leaf(values, scales, leaf.lanes) if isinstance(entry, Leaf) else values
+        return Leaf(values, scales, leaf.lanes)
 
     out = []
     for layer, c in enumerate(abstract_caches(trial)):
         if c is None:
             out.append(None)
             continue
-        entries = {name: fill(entry, 2 * layer + i) for i, (name, entry) in enumerate(c.entries.items())}
-        table = None if c.table is None else 1 + jnp.arange(c.table.size, dtype=jnp.int32).reshape(c.table.shape)
-        length = jnp.full((trial.batch,), trial.context - trial.steps, jnp.int32)
-        out.append(c.replace(entries=entries, length=length, table=table))
+        leaves = {name: fill(leaf, 2 * layer + i) for i, (name, leaf) in enumerate(c.leaves.items())}
+        address = c.address.replace(length=jnp.full((trial.batch,), trial.context - trial.steps, jnp.int32))
+        if isinstance(address, cache.Paged):
+            pages = 1 + jnp.arange(address.table.size, dtype=jnp.int32)
+            address = address.replace(table=pages.reshape(address.table.shape))
+        out.append(c.replace(leaves=leaves, address=address))
     return tuple(out)
 
 

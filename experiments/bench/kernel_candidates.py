@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from experiments.bench.kernel_shapes import Shape, inputs
 from kvattn.attention import core
-from kvattn.cache import paged
+from kvattn.cache.address import gathered
 from pallas_kernels import BACKENDS, KV, Leaf, Options, decode_attention, problem, why_not
 from pallas_kernels.contract import key_positions, visible
 
@@ -19,10 +19,10 @@ Call = Callable[[jax.Array, Any, jax.Array], jax.Array]
 
 
 def mask_of(kv: KV, positions: jax.Array, options: Options) -> jax.Array:
-    """bool [B,T,S] of contiguous slots or of pages in the table's order."""
+    """bool [B,1,T,S] of contiguous slots or of pages in the table's order."""
     slot = jnp.arange(kv.slots, dtype=jnp.int32)[None, :]
     key = key_positions(slot, kv.length[:, None], kv.ring, kv.ring_sinks)
-    return visible(positions[:, :, None], key[:, None, :], options.window, options.sinks)
+    return visible(positions[:, None, :, None], key[:, None, None, :], options.window, options.sinks)
 
 
 def xla(q: jax.Array, kv: KV, positions: jax.Array, options: Options) -> jax.Array:
@@ -35,7 +35,7 @@ def _rows(kv: KV, dtype: Any) -> tuple[Leaf, Leaf]:
     """(K, V) of all slots in rows, values in `dtype`."""
 
     def leaf(x):
-        x = x if kv.table is None else paged.gather(x, kv.table)
+        x = x if kv.table is None else gathered(x, kv.table)
         return dataclasses.replace(x, values=x.values.astype(dtype))
 
     k = leaf(kv.k)

@@ -40,6 +40,7 @@ from ml_collections import config_flags
 from experiments.common.commands import COMMANDS, Row
 from experiments.common.paths import CONFIGS, ROOT
 from kvattn import config as config_lib
+from kvattn.config.tagged import Tagged
 from kvattn.errors import UserError
 from sharding import ShardingError
 
@@ -332,7 +333,8 @@ def _step(holder: Any, part: str, where: str) -> tuple[Any, str]:
         raise UserError(f"{where} is {holder!r}; it has no field {part!r}.")
     if part not in holder:
         raise UserError(f"{where}.{part} is no field{_near(part, list(holder.keys()))}; see --print_config.")
-    return holder[part], f"{where}.{part}"
+    unset = holder[part] is None and holder.get_type(part) in (bool, int, float, str)
+    return holder.get_type(part)() if unset else holder[part], f"{where}.{part}"
 
 
 def _takes(value: Any) -> str:
@@ -363,7 +365,9 @@ def format_config(cfg: Any, prefix: str = "--config") -> str:
     not lengthen a tuple of groups.
     """
     if dataclasses.is_dataclass(cfg):
-        fields = ((f".{f.name}", getattr(cfg, f.name)) for f in dataclasses.fields(cfg))
+        fields = [(f".{f.name}", getattr(cfg, f.name)) for f in dataclasses.fields(cfg)]
+        if isinstance(cfg, Tagged):
+            fields = [(f".{cfg.tag_field}", cfg.tag), *fields]
         return "\n".join(format_config(value, prefix + name) for name, value in fields if value is not None)
     if isinstance(cfg, tuple) and any(dataclasses.is_dataclass(item) for item in cfg):
         items = ((f"{prefix}[{i}]", item) for i, item in enumerate(cfg) if item is not None)

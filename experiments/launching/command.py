@@ -22,133 +22,79 @@ from experiments.common.commands import WITH_CONFIG
 from experiments.common.paths import ROOT
 from kvattn.errors import UserError
 from sharding import ShardingError
-from sharding.compiler import topology
-from sharding.cost.hardware import CHIPS
+from sharding.cost import slices
+from sharding.cost.slices import Slice
 
 JOINT = ("experiments.train", "experiments.uptrain")  # the commands whose processes work together
-GPUS = ("H100", "H200")
-GPUS_PER_NODE = 8  # HGX H100 and H200 boards, the DGX and cloud 8-GPU machines
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tpu:
-    """Google's names of a TPU. `counts`: units per chip in the number of an accelerator type,
-    TensorCores (2) or chips (1); `runtime` "" = the Cloud TPU API does not serve it; `largest` is the largest
-    slice to rent, in chips (`sharding.compiler.topology` compiles for larger ones too)."""
+    """How Google names a TPU. `counts` is what the number in an accelerator type counts per chip:
+    TensorCores (2) or chips (1); `runtime` "" = the Cloud TPU API does not serve it."""
 
     accelerator: str
     counts: int
     runtime: str
     gke: str
-    largest: int
 
 
-# Accelerator types, shapes, chips per host: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; runtime
-# versions: docs.cloud.google.com/tpu/docs/runtimes (which also says that the Cloud TPU API does not serve tpu7x);
-# node labels: xpk's src/xpk/core/system_characteristics.py.
+# Accelerator types and shapes: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; runtime versions:
+# docs.cloud.google.com/tpu/docs/runtimes (which also says that the Cloud TPU API does not serve tpu7x); node labels:
+# xpk's src/xpk/core/system_characteristics.py.
 TPUS = {
-    "v4": _Tpu("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice", 4096),
-    "v5e": _Tpu("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice", 256),
-    "v5p": _Tpu("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice", 6144),
-    "v6e": _Tpu("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice", 256),
-    "tpu7x": _Tpu("tpu7x", 2, "", "tpu7x", 9216),
+    "v4": _Tpu("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice"),
+    "v5e": _Tpu("v5litepod", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
+    "v5p": _Tpu("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice"),
+    "v6e": _Tpu("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice"),
+    "tpu7x": _Tpu("tpu7x", 2, "", "tpu7x"),
 }
 _SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL_3D = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
-    """`hosts` machines of `per_host` chips each; `shape` is the TPU's topology, or (nodes, GPUs per node)."""
-
-    chip: str
-    shape: tuple[int, ...]
-    hosts: int
-    per_host: int
-
-    @property
-    def topology(self) -> str:
-        return "x".join(map(str, self.shape))
-
-    @property
-    def name(self) -> str:
-        return f"{self.chip}:{self.topology}"
-
-    @property
-    def is_tpu(self) -> bool:
-        return self.chip in TPUS
-
-    @property
-    def chips(self) -> int:
-        return self.hosts * self.per_host
-
-    @property
-    def devices(self) -> int:
-        """JAX devices of all hosts."""
-        return self.chips * CHIPS[self.chip].devices_per_chip
+class Rented(Slice):
+    """A slice that can be rented."""
 
     @property
     def accelerator(self) -> str:
         """Google's accelerator type: v5litepod-16; v4-64 counts TensorCores."""
         return f"{TPUS[self.chip].accelerator}-{self.chips * TPUS[self.chip].counts}"
 
-    @property
-    def is_default_shape(self) -> bool:
-        """The accelerator type alone gives this topology: the most cubic of that many chips."""
-        if len(self.shape) == 2:
-            return True
-        n = self.chips
-        sides = [d for d in range(1, n + 1) if n % d == 0]
-        shapes = ((a, b, n // (a * b)) for a in sides for b in sides if n % (a * b) == 0 and a <= b <= n // (a * b))
-        return tuple(sorted(self.shape)) == min(shapes, key=sum)
 
-
-def parse_slice(text: str) -> Slice:
+def parse_slice(text: str) -> Rented:
     """`v4:2x2x4`, `v5e:4x4`, ... or GPUs: `H100:8` (one node), `H200:4x8` (nodes x GPUs a node).
 
-    Chips per host: 4 on v4, v5p and tpu7x (1 for tpu7x:1x1x1); on v5e and v6e 1, 4 or 8 up to 2x4, which one
-    8-chip machine serves, and 4 in larger slices. Raises UserError for an unknown chip or shape.
+    Raises UserError for an unknown chip, or a shape that cannot be rented.
     """
-    chip, _, shape_text = text.partition(":")
-    known = {name.lower(): name for name in (*TPUS, *GPUS)}
+    chip, _, shape = text.partition(":")
+    known = {name.lower(): name for name in (*slices.TPUS, *slices.GPUS)}
     if chip.lower() not in known:
         raise UserError(f"--slice={text} names no chip{near(chip, known.values())}; write one as v5e:4x4 or H200:2x8.")
-    chip = known[chip.lower()]
-    if chip in TPUS:
-        try:
-            return _tpu_slice(text, chip, topology.parse_slice(f"{chip}:{shape_text}").topology)
-        except ShardingError as error:
-            raise UserError(f"--slice={text}: {error}") from None
-    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})*", shape_text):
-        raise UserError(f"--slice={text} has no shape; write it as {chip}:8 (one node) or {chip}:2x8.")
-    return _gpu_slice(text, chip, tuple(int(side) for side in shape_text.split("x")))
+    try:
+        found = slices.parse_slice(f"{known[chip.lower()]}:{shape}")
+    except ShardingError as error:
+        raise UserError(f"--slice={text}: {error}") from None
+    if found.is_tpu:
+        _check_rentable(text, found)
+    return Rented(found.chip, found.shape, found.hosts, found.per_host)
 
 
-def _gpu_slice(text: str, chip: str, shape: tuple[int, ...]) -> Slice:
-    nodes, gpus = (1, *shape) if len(shape) == 1 else shape if len(shape) == 2 else (0, 0)
-    if not nodes or gpus > GPUS_PER_NODE:
-        most = GPUS_PER_NODE
-        raise UserError(f"--slice={text}: write {chip}:GPUS or {chip}:NODESxGPUS with at most {most} GPUs a node.")
-    return Slice(chip, (nodes, gpus), nodes, gpus)
-
-
-def _tpu_slice(text: str, chip: str, shape: tuple[int, ...]) -> Slice:
-    tpu, chips = TPUS[chip], math.prod(shape)
+def _check_rentable(text: str, found: Slice) -> None:
+    chip, shape, most = found.chip, found.shape, found.row.max_chips
     if len(shape) == 2:
         if shape not in _SHAPES_2D:
             shapes = ", ".join("x".join(map(str, s)) for s in _SHAPES_2D)
             raise UserError(f"--slice={text} is no {chip} slice; its shapes are {shapes}.")
-        per_host = chips if chips <= 8 else 4
-        return Slice(chip, shape, chips // per_host, per_host)
+        return
     small = shape in _SMALL_3D or (chip == "tpu7x" and shape == (1, 1, 1))
     regular = list(shape) == sorted(shape) and all(side % 4 == 0 for side in shape)
-    if not small and not (regular and chips <= tpu.largest):
+    if not small and not (regular and found.chips <= most):
         raise UserError(
             f"--slice={text} is no {chip} slice; its shapes are 2x2x1, 2x2x2, 2x2x4, 2x4x4 and AxBxC of multiples of "
-            f"4 in rising order, up to {tpu.largest} chips."
+            f"4 in rising order, up to {most} chips."
         )
-    per_host = min(chips, 4)
-    return Slice(chip, shape, chips // per_host, per_host)
 
 
 def near(name: str, valid: Iterable[str]) -> str:

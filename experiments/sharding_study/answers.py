@@ -12,14 +12,15 @@ from experiments.common.child import Child, ChildError, import_paths
 from experiments.sharding_study import cut as cut_lib
 from experiments.sharding_study import program as program_lib
 from experiments.sharding_study.cells import Cell, meshes_of
-from kvattn import plan, plan_report
+from kvattn import plan
 from kvattn.config import Experiment
 from kvattn.errors import UserError
 from sharding import ShardingError, cost
 from sharding.compiler import topology
 from sharding.compiler.aot import CompiledReport, Compiler
+from sharding.cost import plan_report
 from sharding.cost.hardware import CHIPS, of_device
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 
 _FIRST_FINDINGS = 6
 
@@ -47,7 +48,7 @@ def predict(cfg: Experiment, cell: Cell) -> list[dict[str, Any]]:
     second = [c for c in p.candidates if not c.reason and c.mesh == default and id(c) not in fine]
     fitting = sorted([*p.feasible, *second], key=lambda c: float(f"{c.seconds:.5e}"))  # stable: the plan breaks ties
     done, refused = {c.layout for c in fitting}, {}
-    for c in sorted(p.infeasible, key=lambda c: (plan_report._miss(c), c.mesh != default)):
+    for c in sorted(p.infeasible, key=lambda c: (plan_report.miss(c), c.mesh != default)):
         if c.layout not in done:
             refused.setdefault(c.layout, c)
     records = []
@@ -74,12 +75,12 @@ def compiled(cfg: Experiment, cell: Cell, row: dict[str, Any], compiler: Compile
     """Asks the TPU compiler about one row: its report as a record, or its failure."""
     layout, mesh, overlap = row["layout"], tuple(row["mesh"]), cfg.sharding_study.overlap
     try:
-        slice_ = topology.parse_slice(cell.slice)
+        slice_ = topology.tpu_slice(cell.slice)
     except ShardingError:
         why = f"{cell.slice} is no TPU slice, so the TPU compiler has nothing to say"
         return {"failure": why, "failure_kind": "error"}
-    if slice_.chip.devices_per_chip > 1:
-        why = f"a {cell.chip} chip is {slice_.chip.devices_per_chip} devices, and the layouts here are of whole chips"
+    if slice_.row.devices_per_chip > 1:
+        why = f"a {cell.chip} chip is {slice_.row.devices_per_chip} devices, and the layouts here are of whole chips"
         return {"failure": why, "failure_kind": "error"}
     p = cell.predict(layout, mesh)
     wanted = program_lib.expectations(cell.padded[0], cell.row.cache, p, cell.batch, cell.context, overlap)
@@ -153,7 +154,7 @@ def measured(cfg: Experiment, cell: Cell, row: dict[str, Any], cuts: Cuts) -> di
         what = f"cut on {cut_lib.FAKE_DEVICES} fake CPU devices"
         return {"what": what, **cuts.run({**arguments, "mesh": row["mesh"]})}
     types = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh(tuple(row["mesh"]), layouts.AXES, axis_types=types)
+    mesh = jax.make_mesh(tuple(row["mesh"]), torus_layouts.AXES, axis_types=types)
     try:
         seconds = program_lib.measure(program_lib.program(mesh, **arguments))
     except (jax.errors.JaxRuntimeError, UserError, ShardingError) as error:

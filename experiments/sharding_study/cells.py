@@ -8,10 +8,10 @@ from experiments.launching import command as launch
 from experiments.sharding_study import program as program_lib
 from kvattn import model as model_lib
 from kvattn import plan, spec
-from kvattn.config import Experiment, ModelConfig, VariantConfig
+from kvattn.config import Experiment, ModelConfig, VariantConfig, plain
 from kvattn.errors import UserError
 from sharding import cost
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Cell:
     def arguments(self, layout: str, overlap: str) -> dict[str, Any]:
         """Keyword arguments of `program.program`."""
         arguments = {
-            "model": dataclasses.asdict(self.row.model),
-            "cache": dataclasses.asdict(self.row.cache),
+            "model": plain(self.row.model),
+            "cache": plain(self.row.cache),
             "layout": layout,
             "phase": self.phase,
             "batch": self.batch,
@@ -78,7 +78,7 @@ class Cell:
         work = plan.workload(self.padded[0], self.row.cache, weights=self.weights)
         p = cost.predict(
             work,
-            layouts.parse(layout),
+            torus_layouts.parse(layout),
             tuple(mesh),
             self.chip,
             phase=self.phase,

@@ -19,9 +19,10 @@ from kvattn import cache as caches_lib
 from kvattn import config as config_lib
 from kvattn import int8_weights as weights_lib
 from kvattn import model as model_lib
-from kvattn.config import CacheConfig, ModelConfig
+from kvattn.attention.heads import plain_heads
+from kvattn.config import CacheConfig, MaskConfig, ModelConfig
 from kvattn.decode import partitioned as sharded
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 
 FAKE_DEVICES = 8
 CUT_CONTEXT = 64
@@ -31,14 +32,15 @@ def cut(arguments: dict) -> tuple[dict, tuple[int, int, int]]:
     """(arguments of a small model, mesh of at most 8) that keep all that a layout depends on: the ratio of query to K/V
     heads, cross-layer sharing, masks, block and mesh axes. `arguments`: those of `program.program`, and `mesh`."""
     cfg = config_lib.from_config_dict(arguments["model"], ModelConfig)
-    k, v = (n if n <= FAKE_DEVICES else math.gcd(n, FAKE_DEVICES) for n in (cfg.n_k_heads, cfg.n_v_heads))
+    own = plain_heads(cfg, "the measured cut of a study")
+    counts = own.n_k_heads, own.n_v_heads
+    k, v = (n if n <= FAKE_DEVICES else math.gcd(n, FAKE_DEVICES) for n in counts)
     heads = math.lcm(FAKE_DEVICES, k, v)
-    k, v = (heads if n == cfg.n_heads > 1 else m for n, m in ((cfg.n_k_heads, k), (cfg.n_v_heads, v)))
-    heads *= 2 if heads == max(k, v) and cfg.n_heads > max(cfg.n_k_heads, cfg.n_v_heads) else 1
+    k, v = (heads if n == own.n_heads > 1 else m for n, m in zip(counts, (k, v), strict=True))
+    heads *= 2 if heads == max(k, v) and own.n_heads > max(counts) else 1
     shared = next((i + 1 for i, owner in enumerate(cfg.sources) if owner != i), 2)
     n_layers = min(cfg.n_layers, max(2, min(shared, 6)))
-    small = dataclasses.replace(
-        cfg,
+    small = cfg.replace(
         vocab_size=program_lib.LANES * FAKE_DEVICES,
         d_model=128,
         d_ff=256,
@@ -50,8 +52,8 @@ def cut(arguments: dict) -> tuple[dict, tuple[int, int, int]]:
         v_head_dim=16,
         attn_scale=0.0,
         kv_source=cfg.kv_source[:n_layers],
-        ropes=tuple(r and dataclasses.replace(r, dim=min(r.dim, 8)) for r in cfg.ropes),
-        masks=tuple(dataclasses.replace(m, window=min(m.window, 24), sinks=min(m.sinks, 8)) for m in cfg.masks),
+        ropes=tuple(x.rope and dataclasses.replace(x.rope, dim=min(x.rope.dim, 8)) for x in cfg.layers),
+        masks=tuple(_narrow(layer.mask) for layer in cfg.layers),
         scan_layers=False,
     )
     mesh = list(arguments["mesh"])
@@ -61,7 +63,7 @@ def cut(arguments: dict) -> tuple[dict, tuple[int, int, int]]:
     batch = arguments["batch"] if arguments["batch"] <= 16 else math.gcd(arguments["batch"], 16)
     weights = "float32" if arguments["weights"] == "bfloat16" else arguments["weights"]
     smaller = {
-        "model": dataclasses.asdict(small),
+        "model": config_lib.plain(small),
         "cache": {**arguments["cache"], "dtype": "float32", "capacity": 0},
         "layout": arguments["layout"],
         "phase": arguments["phase"],
@@ -74,6 +76,10 @@ def cut(arguments: dict) -> tuple[dict, tuple[int, int, int]]:
     return json.loads(json.dumps(smaller)), tuple(mesh)
 
 
+def _narrow(mask: MaskConfig) -> MaskConfig:
+    return dataclasses.replace(mask, window=min(mask.window, 24), sinks=min(mask.sinks, 8))
+
+
 def measure_cut(arguments: dict) -> dict:
     """Builds and runs the cut of `arguments`: {milliseconds, worst: largest difference of a logit from the unsharded
     model's, relative to the largest logit, mesh, batch, context, layers}. In float32; with int8 weights activations are
@@ -82,7 +88,7 @@ def measure_cut(arguments: dict) -> dict:
     cfg = config_lib.from_config_dict(small["model"], ModelConfig)
     store = config_lib.from_config_dict(small["cache"], CacheConfig)
     types = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh(shape, layouts.AXES, axis_types=types, devices=jax.devices()[: math.prod(shape)])
+    mesh = jax.make_mesh(shape, torus_layouts.AXES, axis_types=types, devices=jax.devices()[: math.prod(shape)])
     made = program_lib.program(mesh, **small)
     params = model_lib.init(jax.random.key(0), cfg)
     params = weights_lib.quantize(params, cfg) if small["weights"] == "int8" else params

@@ -10,7 +10,7 @@ from kvattn import plan
 from kvattn.config import Experiment
 from sharding import ShardingError, cost
 from sharding.cost.hardware import CHIPS
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 
 KV = ("replicated", "by_head:z", "by_head:yz", "by_head:xyz", "by_batch:z", "by_batch:yz", "by_batch:xyz", "by_seq:xyz")
 CONTEXTS = tuple(1 << i for i in range(7, 21))
@@ -187,7 +187,7 @@ def context_lines(cell: Cell, ffn: str, mesh: tuple[int, int, int], overlap: str
             try:
                 p = cost.predict(
                     work,
-                    layouts.parse(f"{ffn}/{kv}"),
+                    torus_layouts.parse(f"{ffn}/{kv}"),
                     mesh,
                     cell.chip,
                     phase="decode",

@@ -15,12 +15,12 @@ import numpy as np
 
 from kvattn import cache as caches_lib
 from kvattn import config as config_lib
-from kvattn import model as model_lib
+from kvattn.attention import Heads
 from kvattn.config import CacheConfig, ModelConfig
 from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
 from sharding.compiler.doctor import Expectations
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 
 LANES = 128  # a TPU tile's width: logits compile in minutes where a chip's vocabulary is no multiple of it
 TARGET = "experiments.sharding_study.program:program"
@@ -32,13 +32,20 @@ def padded(cfg: ModelConfig, chips: int) -> tuple[ModelConfig, tuple[str, ...]]:
     K/V head, the query heads to a multiple of the chips (zero heads; Pope et al., arXiv 2211.05102, table 1). With more
     K/V heads a new query head would need a group, so those are left as they are."""
     vocab = _up(cfg.vocab_size, LANES * chips)
-    heads = _up(cfg.n_heads, chips) if cfg.n_k_heads == cfg.n_v_heads == 1 else cfg.n_heads
+    own = {layer.attention for layer in cfg.layers}
+    single = all(isinstance(a, Heads) and a.n_k_heads == a.n_v_heads == 1 for a in own)
+    counts = {a.n_heads for a in own} if single else set()
+    heads = {_up(n, chips) for n in counts} - counts
     notes = []
     if vocab != cfg.vocab_size:
         notes.append(f"W {cfg.vocab_size} -> {vocab}")
-    if heads != cfg.n_heads:
-        notes.append(f"N {cfg.n_heads} -> {heads}")
-    return dataclasses.replace(cfg, vocab_size=vocab, n_heads=heads), tuple(notes)
+    if heads:
+        notes.append(f"N {', '.join(map(str, sorted(counts)))} -> {', '.join(map(str, sorted(heads)))}")
+    wider = tuple(
+        dataclasses.replace(layer.attention, n_heads=_up(layer.attention.n_heads, chips)) if heads else layer.attention
+        for layer in cfg.layers
+    )
+    return cfg.replace(vocab_size=vocab, attentions=wider), tuple(notes)
 
 
 def _up(size: int, unit: int) -> int:
@@ -85,7 +92,7 @@ def scanned(cfg: ModelConfig, phase: str) -> bool:
     if phase != "prefill":
         return False
     try:
-        return model_lib.scan_period(cfg) > 0
+        return config_lib.period(cfg) > 0
     except UserError:
         return False
 
@@ -95,20 +102,8 @@ def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: i
     prefill writes as a whole, and, with overlap none, the collectives that the cost model predicts. Gathered weights
     are not checked by axis: the model counts one gather, the program one for each dim."""
     mesh = dict(prediction.mesh)
-    table = layouts.rules(
-        prediction.layout,
-        mesh,
-        {
-            "embed": cfg.d_model,
-            "mlp": cfg.d_ff,
-            "vocab": cfg.vocab_size,
-            "q_heads": cfg.n_heads,
-            "k_heads": cfg.n_k_heads,
-            "v_heads": cfg.n_v_heads,
-            "batch": batch,
-        },
-    )
-    split = [layouts.parts(table[name], mesh) for name in ("cache_batch", "cache_heads", "cache_length")]
+    table = torus_layouts.rules(prediction.layout, mesh, sharded.dims_of(cfg, batch))
+    split = [torus_layouts.parts(table[name], mesh) for name in ("cache_batch", "cache_heads", "cache_length")]
     held = set()
     for leaf in jax.tree.leaves(caches_lib.specs(cfg, cache, batch, context)):
         if len(leaf.shape) == 4:
@@ -121,7 +116,7 @@ def expectations(cfg: ModelConfig, cache: CacheConfig, prediction: Any, batch: i
     for c in prediction.collectives:
         size = c.count * c.elements * prediction.element_bytes[c.dtype] * (2 if c.kind == "all_reduce" else 1)
         for axes, part in _steps(c, table["res_batch"], mesh):
-            key = c.kind.replace("_", "-"), tuple(a for a in layouts.AXES if a in axes)
+            key = c.kind.replace("_", "-"), tuple(a for a in torus_layouts.AXES if a in axes)
             found[key] = found.get(key, 0.0) + part * size
     return Expectations(found, tuple(sorted(held)))
 
@@ -134,8 +129,8 @@ def _steps(c: Any, rows: tuple[str, ...], mesh: dict[str, int]) -> list[tuple[tu
     if not (c.edge and first and rest) or c.kind not in ("all_gather", "reduce_scatter"):
         return [(c.axes, 1.0)]
     if c.kind == "all_gather":  # over `first`, then over the rest
-        return [(first, 1 / layouts.parts(rest, mesh)), (rest, 1.0)]
-    return [(first, 1.0), (rest, 1 / layouts.parts(first, mesh))]
+        return [(first, 1 / torus_layouts.parts(rest, mesh)), (rest, 1.0)]
+    return [(first, 1.0), (rest, 1 / torus_layouts.parts(first, mesh))]
 
 
 # --- its time ------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Results of a sharding study on disk: the journal results.jsonl, its first line the settings that all rows share."""
 
-import dataclasses
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from experiments.common import machine
 from experiments.common.journal import Journal, Pair, flat
 from experiments.sharding_study.cells import Cell
-from kvattn.config import Experiment
+from kvattn.config import Experiment, plain
 
 # Fields of config.sharding_study that a resumed study may have changed: they add rows, or change no finished one.
 _FREE = (
@@ -36,12 +35,11 @@ class Results(Journal):
         self.workdir = pathlib.Path(cfg.workdir)
         super().__init__(self.workdir / "results.jsonl", "a sharding study's results")
         self._drop_unplanned()
-        fields = dataclasses.asdict(cfg.sharding_study)
+        fields = plain(cfg.sharding_study)
         shared = flat({k: v for k, v in fields.items() if k not in _FREE})
         rows = {cell.variant: cell.row for cell in cells}
         models = {
-            name: flat({name: {"model": dataclasses.asdict(row.model), "cache": dataclasses.asdict(row.cache)}})
-            for name, row in rows.items()
+            name: flat({name: {"model": plain(row.model), "cache": plain(row.cache)}}) for name, row in rows.items()
         }
         setup = {"kind": "setup", "config": shared, **machine.describe()}
         self.begin(setup, lambda: self._settings(shared, models))

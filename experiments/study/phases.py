@@ -162,8 +162,7 @@ class Phases:
         prompt = self.ids[: study.prompt_tokens].tolist()
         fields = DecodeConfig(max_new_tokens=study.decode_tokens, prefill_chunk=self.cfg.decode.prefill_chunk)
         prompts = [prompt] * study.decode_batch
-        # Handing tokens over step by step times prefill and decoding apart, not by difference.
-        out = decode.generate(made.params, made.model, prompts, fields, row.cache, on_token=lambda row, token: None)
+        out = decode.generate(made.params, made.model, prompts, fields, row.cache)
         return {
             "tokens_per_second": round(out.tokens_per_second, 2),
             "prefill_seconds": round(out.prefill_seconds, 4),

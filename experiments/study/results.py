@@ -1,6 +1,5 @@
 """Results of a study on disk: the journal results.jsonl, per-token losses in nll/, one folder a trained row."""
 
-import dataclasses
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from typing import Any
 from experiments.common import machine
 from experiments.common.journal import Journal, Pair, flat
 from experiments.study import report as study_report
-from kvattn.config import Experiment, VariantConfig
+from kvattn.config import Experiment, VariantConfig, plain
 
 # Fields that change no figure: a study may go on with other values, or with rows added.
 _FREE = (
@@ -37,7 +36,7 @@ class Results:
         self.workdir, self.cfg = pathlib.Path(cfg.workdir), cfg
         self._journal = Journal(self.workdir / "results.jsonl", "a study's results")
         (self.workdir / "nll").mkdir(parents=True, exist_ok=True)
-        shared = flat(dataclasses.asdict(cfg), leave_out=_FREE)
+        shared = flat(plain(cfg), leave_out=_FREE)
         setup = {"phase": "setup", "config": shared, **machine.describe()}
         self._journal.begin(setup, lambda: self._settings(shared))
 
@@ -56,7 +55,7 @@ class Results:
         return next((r for r in self.records if r["phase"] == phase and r.get("row", "") == name), None)
 
     def add(self, phase: str, row: VariantConfig | None, record: dict[str, Any]) -> None:
-        about = {"row": row.name, "config": flat(dataclasses.asdict(row))} if row else {}
+        about = {"row": row.name, "config": flat(plain(row))} if row else {}
         self._journal.add({"phase": phase, **about, **record})
 
     def nll_path(self, phase: str, row: VariantConfig | None) -> pathlib.Path:
@@ -68,7 +67,7 @@ class Results:
 
     def _settings(self, shared: dict[str, Any]) -> Iterator[Pair]:
         yield "config.", self.records[0].get("config", {}), shared
-        rows = {row.name: flat(dataclasses.asdict(row)) for row in self.cfg.study.rows}
+        rows = {row.name: flat(plain(row)) for row in self.cfg.study.rows}
         for record in self.records[1:]:
             if record.get("row") in rows:
                 yield f"config.study.rows[{record['row']}].", record["config"], rows[record["row"]]

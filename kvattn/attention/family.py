@@ -123,7 +123,8 @@ class Softmax(Family):
                 )
                 for segment in part.segments
             ]
-            context.append(dispatch.attention(cfg, part.mask, tokens, operands, ordered=where.empty))
+            ordered = where.empty and part.mask.kind == "causal"
+            context.append(dispatch.attention(cfg, part.mask, tokens, operands, ordered=ordered))
         joined = context[0] if len(context) == 1 else jnp.concatenate(context, axis=2)
         made = reshard(joined, layouts.OWN if view.own else layouts.CACHED_OUT, layouts.MADE)
         return self.output(params, cfg, layer, made, view)

@@ -22,6 +22,9 @@ class NoAttention(Family, tag="none"):
     def leaves(self, cfg):
         return {}
 
+    def cannot_read(self, cfg, owner):
+        return "this layer attends to nothing; let it own itself"
+
     def entries(self, params, cfg, layer, x, where, state):
         return Made({})
 

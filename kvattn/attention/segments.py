@@ -14,7 +14,7 @@ import jax
 from kvattn.attention import layouts
 from kvattn.cache import Cache, Groups, append, parts, read, stored
 from kvattn.config import Layer, MaskConfig
-from kvattn.masks import Tokens
+from kvattn.masks import Tokens, as_keys
 from pallas_kernels import Leaf
 from sharding import own_group, reshard
 
@@ -106,7 +106,7 @@ def view(family: Any, cfg: Any, layer: Layer, made: Made, where: Where, cache: A
     out, held = [], []
     for (mask, heads), (part, span) in zip(groups, parts(cache), strict=True):
         entries = {n: x[:, span] for n, x in made.entries.items()} if heads else made.entries
-        segments, new = _part(family, cfg, entries, where, part, made.state)
+        segments, new = _part(family, cfg, entries, where, part, made.state if part.state else None)
         out.append(Part(segments, mask, heads))
         held.append(new)
     new = held[0] if isinstance(cache, Cache) else Groups(tuple(held), cache.heads)
@@ -152,7 +152,7 @@ def _part(family: Any, cfg: Any, entries: dict[str, jax.Array], where: Where, ca
         return (_own(family, cfg, stored(cache, entries, where.own.positions), where),), after
     if not where.commit or (cache.address.overwrites and positions.shape[1] > 1):
         new = {n: Leaf(x) for n, x in stored(cache, arriving, positions).items()}
-        return (_read(cache), Segment(new, _keys(where.cached))), after
+        return (_read(cache), Segment(new, as_keys(where.cached))), after
     return (_read(after),), after
 
 
@@ -162,11 +162,7 @@ def _own(family: Any, cfg: Any, entries: dict[str, jax.Array], where: Where) -> 
     for name, x in entries.items():
         want = layouts.OWN_VALUES if leaves[name].role == "value" else layouts.OWN_KEYS
         held[name] = Leaf(reshard(x, axes[name], want))
-    return Segment(held, _keys(where.own))
-
-
-def _keys(tokens: Tokens) -> Tokens:
-    return Tokens(tokens.positions[:, None, :], tokens.segments)
+    return Segment(held, as_keys(where.own))
 
 
 def _read(cache: Cache) -> Segment:

@@ -58,15 +58,18 @@ def reason_against(cfg: ModelConfig, store: CacheConfig, capacity: int = 0) -> s
     dtype = jnp.dtype(store.dtype)
     dtype = jnp.bfloat16 if dtype.itemsize == 1 or jnp.issubdtype(dtype, jnp.integer) else dtype
     held = caches.specs(dataclasses.replace(cfg, decode_kernel="xla"), store, 1, capacity or store.capacity or 4097)
-    for layer in range(cfg.n_layers):
-        family, shape = cfg.attention(layer), cfg.attention(layer).softmax(cfg)
-        if not family.leaves(cfg) or shape is None:
-            continue
-        for part, heads in caches.parts(held[cfg.sources[layer]]):
-            mask = _mask(cfg, layer, heads)
-            reason = _reason(cfg, layer, part, shape, mask, dtype)
-            if reason:
-                return reason
+    forms = [held]
+    if store.keep is not None:
+        forms.append(caches.settled_specs(cfg, store, held, room=1))
+    for form in forms:
+        for layer in range(cfg.n_layers):
+            family, shape = cfg.attention(layer), cfg.attention(layer).softmax(cfg)
+            if not family.leaves(cfg) or shape is None:
+                continue
+            for part, heads in caches.parts(form[cfg.sources[layer]]):
+                reason = _reason(cfg, layer, part, shape, _mask(cfg, layer, heads), dtype)
+                if reason:
+                    return reason
     return None
 
 
@@ -96,8 +99,10 @@ def _reason(cfg, layer: int, cache: caches.Cache, shape: SoftmaxShape, mask: Mas
                 f"rows of {leaf.dim} do not fill a TPU's {LANES} lanes, so that the cache would be copied; "
                 "use cache.layout lanes"
             )
-    group = shape.heads // shape.k_heads
-    rows, heads = (shape.k_heads, group) if kept else (1, group * kv.k.heads)
+    leaves = cfg.attention(layer).leaves(cfg).values()
+    stored = next(leaf.shape[0] for leaf in leaves if leaf.role in ("key", "both"))  # 1 where K are made of a latent
+    group = shape.heads // stored
+    rows, heads = (kv.length.shape[0], group) if kept else (1, group * kv.k.heads)
     q = jax.ShapeDtypeStruct((rows, 1, heads, kv.k.dim), dtype)
     try:
         return why_not(cfg.decode_kernel, problem(q, kv, Options(shape.scale, mask.window, mask.sinks, shape.cap)))

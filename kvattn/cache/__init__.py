@@ -1,6 +1,8 @@
-"""Axis D: caches as values, leaves x an address. `create`, `append`, `read`, `truncate`; see store.py."""
+"""Axis D: caches as values, leaves x an address. `create`, `append`, `read`, `truncate`: store.py; `settle`, what a
+keep-policy leaves after a prefill: keep/."""
 
 from kvattn.cache.address import Address, Full, Kept, Paged, Ring
+from kvattn.cache.keep import Observed, Policy, Queries, settle, settled_specs
 from kvattn.cache.leaf import LeafSpec
 from kvattn.cache.leaf import per_sequence as states
 from kvattn.cache.leaf import per_token as token_leaves
@@ -32,7 +34,10 @@ __all__ = [
     "Groups",
     "Kept",
     "LeafSpec",
+    "Observed",
     "Paged",
+    "Policy",
+    "Queries",
     "Ring",
     "append",
     "apply_pages",
@@ -47,6 +52,8 @@ __all__ = [
     "pool_pages",
     "read",
     "slots_for",
+    "settle",
+    "settled_specs",
     "specs",
     "states",
     "stored",

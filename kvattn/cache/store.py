@@ -55,7 +55,7 @@ class Cache:
 
 @flax.struct.dataclass
 class Groups:
-    """Caches of consecutive head groups of one owner; heads[i]: K/V heads of group i."""
+    """Caches of consecutive head groups of one owner; heads[i]: K/V heads of group i. The first holds the states."""
 
     groups: tuple[Cache, ...]
     heads: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
@@ -164,6 +164,11 @@ def check_store(cfg: ModelConfig, store: CacheConfig) -> None:
             "or kept.",
         )
         need(
+            store.keep is None or not cfg.layer(owner).groups,
+            f"cache.keep chooses tokens a head, and layer {owner} has head groups with masks of their own; set "
+            "cache.keep to None.",
+        )
+        need(
             not cfg.layer(owner).groups or kind in ("full", "ring", "by_mask"),
             f"layer {owner} has head groups, whose caches are full or rings; set cache.kinds to full, ring or by_mask.",
         )
@@ -198,10 +203,11 @@ def _owner_spec(cfg: ModelConfig, store: CacheConfig, owner: int, batch: int, ca
     if not groups:
         masks = [mask for _, mask in _masks(cfg, owner)]
         return _spec(store, kind, leaves, masks, batch, capacity)
-    made = []
-    for group in groups:
-        cut = {name: _heads_of(leaf, group.heads) for name, leaf in leaves.items()}
-        made.append(_spec(store, kind, cut, [group.mask], batch, capacity))
+    made: list[Cache] = []
+    for group in groups:  # states are no head's: the first group holds them
+        cut = {name: _heads_of(leaf, group.heads) for name, leaf in per_token(leaves).items()}
+        mine = cut if made else per_sequence(leaves) | cut
+        made.append(_spec(store, kind, mine, [group.mask], batch, capacity))
     return Groups(tuple(made), tuple(group.heads for group in groups))
 
 

@@ -150,7 +150,10 @@ def _fields(value: dict[str, Any], cls: type, where: str) -> Any:
 def _retype_model(value: dict[str, Any], where: str) -> ModelConfig:
     """A model, with what is set of its families' fields in all layers. The form before layers were values (one set of
     heads, `masks` and `ropes` beside it) is read too."""
-    if "variant" in value or "ropes" in value or "masks" in value:
+    old = [name for name in ("variant", "masks", "ropes") if name in value]
+    if old and value.get("layers"):
+        raise UserError(f"{where}.{old[0]} stands beside {where}.layers, which say it of each layer; leave it out.")
+    if old:
         value = _with_layers(value, where)
     own = {f.name for f in dataclasses.fields(ModelConfig)}
     rest = {key: value.pop(key) for key in list(value) if key not in own}

@@ -179,6 +179,9 @@ class ModelConfig:
         return tuple(layer for layer, o in enumerate(self.sources) if o == owner)
 
     def layer(self, layer: int) -> Layer:
+        """The value of layer `layer`. Raises UserError for a model without layers."""
+        if not self.layers:
+            raise UserError("model.layers is (); name the layers, or a checkpoint that has them (checkpoint.path).")
         return self.layers[layer % len(self.layers)]
 
     def attention(self, layer: int) -> Any:

@@ -84,12 +84,12 @@ def prefill(
     positions: jax.Array,
     caches: Any,
     chunk: int = 0,
-    fresh: bool = True,
+    empty: bool = True,
 ):
     """Fills the caches with a prompt, `chunk` tokens at a time (0 = all at once).
 
     tokens[B,T]; positions[B,T] with -1 for padding on either side, or lengths[B] for right-padded rows.
-    `fresh`: the caches are empty, so the first chunk needs to look at itself only.
+    `empty`: the caches hold nothing, so the first chunk needs to look at itself only.
     Returns (logits[B,W] f32 at each row's last real token, caches).
     """
     batch, width = tokens.shape
@@ -100,11 +100,11 @@ def prefill(
     count = -(-width // chunk)
     tokens, positions = _pad_left(tokens, count * chunk, 0), _pad_left(positions, count * chunk, -1)
 
-    def one(start, carry, is_fresh):
+    def one(start, carry, is_empty):
         last, best, caches = carry
         part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
         where = jax.lax.dynamic_slice_in_dim(positions, start, chunk, axis=1)
-        inputs = model.Inputs(tokens=part, positions=where, empty=is_fresh)
+        inputs = model.Inputs(tokens=part, positions=where, empty=is_empty)
         hidden, caches, _ = model.hidden(params, cfg, inputs, caches=caches)
         column = jnp.argmax(where, axis=1)
         newest = jnp.max(where, axis=1)
@@ -113,7 +113,7 @@ def prefill(
         return last, jnp.maximum(newest, best), caches
 
     carry = (jnp.zeros((batch, cfg.d_model), jnp.float32), jnp.full((batch,), -1, jnp.int32), caches)
-    carry = one(0, carry, fresh)
+    carry = one(0, carry, empty)
     if count > 1:
         carry = jax.lax.fori_loop(1, count, lambda i, carry: one(i * chunk, carry, False), carry)
     last, _, caches = carry
@@ -247,7 +247,7 @@ def generate(
     chunk = decode_cfg.prefill_chunk or bucket(longest)
     padded = pad_prompts(prompts, prompt_bucket(longest, chunk))
     draw = (sampler, jnp.asarray(np.asarray(sorted(eos_ids), np.int32)))
-    caches = cache.create(cfg, cache_cfg, batch, capacity, [len(prompt) + new - 1 for prompt in prompts])
+    caches = model.create_caches(cfg, cache_cfg, batch, capacity, [len(prompt) + new - 1 for prompt in prompts])
     prefill_cache_bytes = cache.nbytes(caches)
     begin, go_on, compile_seconds = _programs(params, cfg, (*padded, caches, *draw), chunk, new, settle)
 

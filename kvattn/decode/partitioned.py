@@ -1,6 +1,6 @@
-"""Prefill and decode over a torus of chips, in any layout of sharding/layout/layouts.py.
+"""Prefill and decode over a torus of chips, in any layout of sharding/layout/torus_layouts.py.
 
-    layout = layouts.parse("ws_2d/by_batch:xyz")
+    layout = torus_layouts.parse("ws_2d/by_batch:xyz")
     program = build(cfg, cache, layout, mesh, phase="decode", batch=64, context=2048, weights="int8")
     compiled = program.lower().compile()
 
@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Format, Layout
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as Tiling
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvattn import cache as caches_lib
@@ -29,9 +30,10 @@ from kvattn.attention.heads import plain_heads
 from kvattn.config import CacheConfig, ModelConfig, period
 from kvattn.errors import UserError
 from sharding import reshard, use_manual, use_rules
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 from sharding.layout.apply import multiply, partition_spec
 from sharding.layout.rules import Rules
+from sharding.layout.torus_layouts import Layout
 
 PHASES = ("prefill", "decode")
 OVERLAPS = ("none", "one_way", "two_way", "compiler")
@@ -60,7 +62,7 @@ class Program:
         args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.args)
         if free_layouts:
             free = {
-                name: jax.tree.map(lambda s: Format(Layout.AUTO, s), shardings[0][name])
+                name: jax.tree.map(lambda s: Format(Tiling.AUTO, s), shardings[0][name])
                 for name in ("layers", "unembed")
                 if name in shardings[0]
             }
@@ -71,16 +73,22 @@ class Program:
         return jitted.lower(*args)
 
 
-def rules_for(cfg: ModelConfig, layout: layouts.Layout, mesh: Any, batch: int, slots: tuple[int, ...] = ()) -> Rules:
+def rules_for(cfg: ModelConfig, layout: Layout, mesh: Any, batch: int, slots: tuple[int, ...] = ()) -> Rules:
     """The rule table of `layout` for this model and batch. `slots`: slots of the caches, which by_seq splits.
 
     Raises ShardingError where the layout does not fit.
     """
-    dims = {"embed": cfg.d_model, "mlp": cfg.d_ff, "vocab": cfg.vocab_size, **_heads(cfg), "batch": batch}
+    dims = dims_of(cfg, batch)
     table: Rules = {}
     for count in slots or (0,):
-        table = layouts.rules(layout, dict(mesh.shape), {**dims, "slots": count})
+        table = torus_layouts.rules(layout, dict(mesh.shape), {**dims, "slots": count})
     return table
+
+
+def dims_of(cfg: ModelConfig, batch: int) -> dict[str, int]:
+    """Sizes of every dim that a rule table of torus_layouts splits, for a pass of `batch` sequences."""
+    sizes = {"embed": cfg.d_model, "mlp": cfg.d_ff, "vocab": cfg.vocab_size, "batch": batch}
+    return sizes | _heads(cfg)
 
 
 def _heads(cfg: ModelConfig) -> dict[str, int]:
@@ -112,7 +120,7 @@ class _Axes(tuple):
 def build(
     cfg: ModelConfig,
     cache: CacheConfig,
-    layout: layouts.Layout | str,
+    layout: Layout | str,
     mesh: Mesh,
     *,
     phase: str,
@@ -138,7 +146,7 @@ def build(
         raise UserError(f"phase is {phase!r}; choose one of {', '.join(PHASES)}.")
     if overlap not in OVERLAPS:
         raise UserError(f"overlap is {overlap!r}; choose one of {', '.join(OVERLAPS)}.")
-    layout = layouts.parse(layout) if isinstance(layout, str) else layout
+    layout = torus_layouts.parse(layout) if isinstance(layout, str) else layout
     if scan and phase == "decode":
         raise UserError("scan is True for phase 'decode'; a scan over layers copies the cache, set it to False.")
     cfg = dataclasses.replace(cfg, scan_layers=False)
@@ -249,7 +257,7 @@ def _compiler(step: Callable, mesh: Mesh, rules: Rules, caches_at: Any) -> Calla
 def build_floor(
     cfg: ModelConfig,
     cache: CacheConfig,
-    layout: layouts.Layout | str,
+    layout: Layout | str,
     mesh: Mesh,
     *,
     batch: int,
@@ -272,10 +280,10 @@ def build_floor(
             "rows of float32 or bfloat16."
         )
     sizes, rules = dict(mesh.shape), step.rules
-    rows = batch // layouts.parts(rules["act_batch"], sizes)
-    width = cfg.d_model // layouts.parts(rules["act_embed"], sizes)
-    held = batch // layouts.parts(rules["attn_batch"], sizes)
-    heads = plain.n_heads // layouts.parts(rules["attn_heads"], sizes)
+    rows = batch // torus_layouts.parts(rules["act_batch"], sizes)
+    width = cfg.d_model // torus_layouts.parts(rules["act_embed"], sizes)
+    held = batch // torus_layouts.parts(rules["attn_batch"], sizes)
+    heads = plain.n_heads // torus_layouts.parts(rules["attn_heads"], sizes)
     dtype = jax.tree.leaves(step.args[0]["final_norm"])[0].dtype
     everywhere = NamedSharding(mesh, PartitionSpec())
     inputs = [

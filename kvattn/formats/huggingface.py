@@ -288,8 +288,8 @@ def _check_params(cfg: ModelConfig, params: dict[str, Any]) -> None:
 def _plain_layer(
     layer: dict[str, Any], cfg: Flat, kv_heads: int, biases: dict[tuple, spec.ParamSpec]
 ) -> dict[str, Any]:
-    """One layer's parameters as they are written: V written out, K and V repeated to `kv_heads`, those of `biases` that
-    it lacks zero."""
+    """One layer's parameters as they are written: V written out, K and V repeated to `kv_heads`, absent `biases`
+    zero."""
     attn, mlp = dict(layer["attn"]), dict(layer["mlp"])
     if cfg.tied_kv:
         attn |= {"v": attn["k"]} | ({"v_bias": attn["k_bias"]} if cfg.qkv_bias else {})

@@ -226,7 +226,8 @@ def _comparable(experiment: dict[str, Any], where: Any) -> dict[str, Any]:
         typed = config_lib.from_config_dict(kept, Experiment)
     except UserError as error:
         raise UserError(
-            f"{where} was written by another version and its experiment cannot be compared with this run's ({error}); "
+            f"{where} was written by another version and its experiment cannot be compared with this run's "
+            f"({str(error).rstrip('.')}); "
             "resume with the version that wrote it, or use a new config.workdir with config.checkpoint.path set to "
             "this checkpoint."
         ) from error

@@ -1,1 +1,1 @@
-"""What the compiler says of a program, without the hardware."""
+"""Compilers asked without hardware: TPU programs compiled ahead of time, read and diagnosed."""

@@ -62,7 +62,7 @@ def _serve(job: dict) -> dict:
 def _compile(job: dict) -> CompiledReport:
     import jax
 
-    slice_ = topology.parse_slice(job["slice"])
+    slice_ = topology.tpu_slice(job["slice"])
     sizes = tuple(job["mesh"])
     mesh = topology.mesh_of(slice_, sizes)
     calibration = Calibration(**job["calibration"]) if job["calibration"] else calibrate(slice_)
@@ -139,20 +139,20 @@ class Compiler:
 
         Raises ShardingError for an unknown slice or a mesh that does not match it; every other failure is returned.
         """
-        slice_ = topology.parse_slice(slice_name)
+        slice_ = topology.tpu_slice(slice_name)
         topology.check_mesh(slice_, tuple(mesh))
         job = {
             "target": target,
             "kwargs": kwargs,
             "slice": slice_.name,
             "mesh": list(mesh),
-            "calibration": self._calibrations.get(slice_.generation),
+            "calibration": self._calibrations.get(slice_.chip),
             "expectations": expectations.to_json(),
             "hlo_path": hlo_path,
         }
         answer = self._ask(json.dumps(job))
         if "report" in answer:
-            self._calibrations[slice_.generation] = answer["report"]["calibration"]
+            self._calibrations[slice_.chip] = answer["report"]["calibration"]
             return CompiledReport.from_json(answer["report"])
         sizes = _bytes_named(answer["text"]) if answer["failure"] == "memory" else (0, 0)
         return CompileFailure(slice_.name, tuple(mesh), answer["failure"], _sentence(answer, *sizes), *sizes)

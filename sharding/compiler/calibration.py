@@ -21,6 +21,7 @@ import math
 
 from sharding.compiler import topology
 from sharding.compiler.hlo_costs import analyse
+from sharding.cost.slices import Slice
 
 _COPY_SHAPE = (2**15, 2**13)  # float32: 1 GiB
 _MATMUL = 2**14
@@ -49,12 +50,12 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
 
 
-def calibrate(slice_: topology.Slice) -> Calibration:
+def calibrate(slice_: Slice) -> Calibration:
     """Compiles the three programs (about 2 s) for one device of `slice_`'s generation."""
     import jax
     import jax.numpy as jnp
 
-    chip = slice_.chip
+    chip = slice_.row
     one = jax.sharding.SingleDeviceSharding(topology.devices_of(slice_)[0])
 
     def cycles(fn, *args: tuple) -> int:
@@ -67,7 +68,7 @@ def calibrate(slice_: topology.Slice) -> Calibration:
     vector = cycles(lambda a: a + 1, (_COPY_SHAPE, jnp.bfloat16))
     multiplied = cycles(lambda a, b: a @ b, square, square)
     return Calibration(
-        chip=slice_.generation,
+        chip=slice_.chip,
         libtpu=versions()["libtpu"],
         copy_cycles=copied,
         copy_clock=copied / (2 * 4 * elements / second),

@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
-from sharding.compiler import doctor, topology
+from sharding.compiler import doctor
 from sharding.compiler.calibration import Calibration, versions
 from sharding.compiler.hlo_costs import Analysis, analyse
 from sharding.cost.hardware import Chip
+from sharding.cost.slices import Slice
+from sharding.layout.torus_layouts import AXES
 
 TOP = 12  # operations listed
 
@@ -113,7 +115,7 @@ class CompileFailure:
 
 def report(
     compiled: Any,
-    slice_: topology.Slice,
+    slice_: Slice,
     mesh: tuple[int, int, int],
     calibration: Calibration,
     *,
@@ -124,8 +126,8 @@ def report(
 
     Raises ShardingError where the program is for another number of devices.
     """
-    analysis = analyse(compiled.as_text(), dict(zip(topology.AXES, mesh)))
-    plan, second = compiled.memory_analysis(), slice_.chip.hbm_bandwidth / slice_.chip.devices_per_chip
+    analysis = analyse(compiled.as_text(), dict(zip(AXES, mesh)))
+    plan, second = compiled.memory_analysis(), slice_.row.hbm_bandwidth / slice_.row.devices_per_chip
     cycles = {**analysis.cycles(), "kernel": analysis.kernel_bytes() / second * calibration.clock}
     return CompiledReport(
         slice=slice_.name,
@@ -143,8 +145,8 @@ def report(
         flops=sum(o.flops * o.runs for o in analysis.operations),
         seconds=sum(cycles.values()) / calibration.clock,
         calibration=calibration,
-        top=_top(analysis, slice_.chip, calibration),
-        findings=tuple(doctor.diagnose(analysis, slice_.chip, calibration, expectations)),
+        top=_top(analysis, slice_.row, calibration),
+        findings=tuple(doctor.diagnose(analysis, slice_.row, calibration, expectations)),
         unknown_loops=analysis.unknown_loops,
         compile_seconds=compile_seconds,
         versions=versions(),

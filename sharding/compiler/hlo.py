@@ -127,7 +127,7 @@ class Module:
 
     @functools.cached_property
     def callers(self) -> dict[str, list[Instruction]]:
-        """Instructions that run each computation, then those that run theirs, each with its asynchronous neighbours."""
+        """Instructions that run each computation, then their own callers, each with its asynchronous neighbours."""
         direct: dict[str, list[tuple[str, Instruction]]] = {}
         for computation in self.computations.values():
             for instruction in computation.instructions.values():
@@ -140,7 +140,7 @@ class Module:
         return found
 
     def _near(self, name: str, instruction: Instruction) -> list[Instruction]:
-        """An instruction and, where it starts something asynchronous, those that hand it operands and read it."""
+        """An instruction and, where it starts something asynchronous, its operands' instructions and its readers."""
         computation, near = self.computations[name], [instruction]
         while near[-1].op.endswith(("-start", "-update")) and computation.users[near[-1].name]:
             near.append(computation.users[near[-1].name][0])

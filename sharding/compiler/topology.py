@@ -1,16 +1,9 @@
-"""TPU slices by name, as compile-only devices of this machine's libtpu: no TPU is needed.
+"""TPU slices as compile-only devices of this machine's libtpu: no TPU is needed.
 
-    >>> slice_ = parse_slice("v4:4x4x4")
-    >>> slice_.chips, slice_.devices
-    (64, 64)
-    >>> mesh_of(slice_, default_mesh(slice_.devices))      # jax Mesh, axes x, y, z
-
-A slice is `generation:AxB` (v5e, v6e: a 2D torus) or `generation:AxBxC` (v4, v5p, tpu7x: 3D). On v4 and v5p a chip's
-two cores form one device ("megacore", the way the paper and every current framework run them); on tpu7x a chip is
-two devices, so that a mesh on it has twice as many members as the slice has chips.
+>>> where = tpu_slice("v4:4x4x4")
+>>> mesh_of(where, default_mesh(where.devices))      # jax Mesh, axes x, y, z
 """
 
-import dataclasses
 import itertools
 import math
 from typing import Any
@@ -18,105 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from sharding.cost.hardware import CHIPS, Chip
+from sharding.cost.slices import Slice, default_mesh, host_bounds, parse_slice
 from sharding.layout.rules import ShardingError
+from sharding.layout.torus_layouts import AXES
 
-AXES = ("x", "y", "z")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Generation:
-    name: str  # as get_topology_desc spells it
-    dims: int
-    largest: int  # chips that libtpu knows
-    config: str | None = None  # chip_config_name
+_CONFIGS = {"v4": {"chip_config_name": "megacore"}}  # what get_topology_desc is told beside the slice's name
 
 
-_GENERATIONS = {
-    "v4": _Generation("v4", 3, 4096, "megacore"),
-    "v5e": _Generation("v5e", 2, 256),
-    "v5p": _Generation("v5p", 3, 8960),
-    "v6e": _Generation("v6e", 2, 256),
-    "tpu7x": _Generation("tpu7x", 3, 9216),
-}
-_EXAMPLES = "v4:4x4x4, v5e:4x4, v5p:2x2x1, v6e:16x16 or tpu7x:2x2x1"
-
-# (x, y, z) by number of devices: the paper's code ("Efficiently Scaling Transformer Inference", arXiv 2211.05102).
-_DEFAULT_MESHES = {
-    1: (1, 1, 1),
-    2: (2, 1, 1),
-    4: (2, 2, 1),
-    8: (2, 2, 2),
-    16: (2, 4, 2),
-    32: (4, 2, 4),
-    64: (4, 4, 4),
-    128: (8, 4, 4),
-    256: (4, 8, 8),
-    512: (8, 8, 8),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """A named slice: `generation` is its row in `hardware.CHIPS`, `topology` the chips along each torus axis."""
-
-    generation: str
-    topology: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """As `parse_slice` reads it."""
-        return f"{self.generation}:{'x'.join(map(str, self.topology))}"
-
-    @property
-    def chip(self) -> Chip:
-        """The data sheet's row."""
-        return CHIPS[self.generation]
-
-    @property
-    def chips(self) -> int:
-        """Chips of the slice."""
-        return math.prod(self.topology)
-
-    @property
-    def devices(self) -> int:
-        """JAX devices of the slice: members of a mesh over it."""
-        return self.chips * self.chip.devices_per_chip
-
-
-def parse_slice(name: str) -> Slice:
-    """The Slice called `name`. Raises ShardingError, with examples, for an unknown generation, a topology of the
-    wrong rank or not of positive integers, or one too large or too odd for the generation."""
-    generation, colon, topology = str(name).partition(":")
-    sizes = topology.split("x")
-    if generation not in _GENERATIONS or not colon:
-        raise ShardingError(f"slice {name!r} is not a known TPU generation and topology; write {_EXAMPLES}.")
-    row = _GENERATIONS[generation]
-    if len(sizes) != row.dims or not all(s.isascii() and s.isdigit() and int(s) > 0 for s in sizes):
-        form = "x".join("ABC"[: row.dims])
-        raise ShardingError(f"slice {name!r} needs a topology {form} of {row.dims} chip counts; write {_EXAMPLES}.")
-    shape = tuple(int(s) for s in sizes)
-    if math.prod(shape) > row.largest:
-        raise ShardingError(f"slice {name!r} has more than the {row.largest} chips of a {generation} pod; {_EXAMPLES}.")
-    if any(s % host for s, host in zip(shape, _host_bounds(shape))):
-        raise ShardingError(
-            f"slice {name!r} does not divide into hosts of 2x2 chips: make the first two sizes even, as in {_EXAMPLES}."
-        )
-    return Slice(generation, shape)
-
-
-def default_mesh(devices: int) -> tuple[int, int, int]:
-    """(X, Y, Z) for a device count: the paper's table up to 512, near-cubic factors for other powers of two.
-
-    Raises ShardingError for a count that is no power of two.
-    """
-    if devices in _DEFAULT_MESHES:
-        return _DEFAULT_MESHES[devices]
-    bits = devices.bit_length() - 1
-    if devices < 1 or devices != 1 << bits:
-        raise ShardingError(f"no default mesh for {devices} devices; give X, Y, Z whose product is {devices}.")
-    x, y = bits // 3, (bits - bits // 3 + 1) // 2
-    return 1 << x, 1 << y, 1 << (bits - x - y)
+def tpu_slice(name: str) -> Slice:
+    """The slice called `name`. Raises ShardingError as `parse_slice` does, and for GPUs, which have no such compiler
+    here."""
+    found = parse_slice(name)
+    if not found.is_tpu:
+        raise ShardingError(f"slice {name!r} is not a known TPU generation and topology; write one such as v4:4x4x4.")
+    return found
 
 
 def check_mesh(slice_: Slice, mesh: tuple[int, ...]) -> None:
@@ -124,15 +32,12 @@ def check_mesh(slice_: Slice, mesh: tuple[int, ...]) -> None:
     if len(mesh) != 3 or not all(isinstance(s, int) and s > 0 for s in mesh):
         raise ShardingError(f"mesh {mesh} must be three positive sizes X, Y, Z.")
     if math.prod(mesh) != slice_.devices:
-        per = slice_.chip.devices_per_chip
+        per = slice_.row.devices_per_chip
         each = f" ({slice_.chips} chips of {per} devices)" if per > 1 else ""
-        try:
-            example = f", such as {default_mesh(slice_.devices)}"
-        except ShardingError:
-            example = ""
         raise ShardingError(
             f"mesh {'x'.join(map(str, mesh))} has {math.prod(mesh)} members but {slice_.name} has {slice_.devices} "
-            f"devices{each}; choose X, Y, Z whose product is {slice_.devices}{example}."
+            f"devices{each}; choose X, Y, Z whose product is {slice_.devices}, such as "
+            f"{default_mesh(slice_.devices)}."
         )
 
 
@@ -148,12 +53,12 @@ def devices_of(slice_: Slice) -> list[Any]:
         import libtpu  # noqa: F401
     except ImportError:
         raise ShardingError("libtpu is not installed; pip install 'kvattn[tpu]' (it needs no TPU).") from None
-    row = _GENERATIONS[slice_.generation]
-    options = {"chip_config_name": row.config} if row.config else {}
-    name = f"{row.name}:{'x'.join(map(str, slice_.topology))}"
     try:
         described = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, chips_per_host_bounds=_host_bounds(slice_.topology), **options
+            platform="tpu",
+            topology_name=slice_.name,
+            chips_per_host_bounds=host_bounds(slice_.shape),
+            **_CONFIGS.get(slice_.chip, {}),
         )
     except Exception as error:  # jax raises JaxRuntimeError, libtpu ValueError or RuntimeError
         reason = str(error).strip().split("\n")[0]
@@ -189,8 +94,3 @@ def arrange(devices: list[Any], mesh: tuple[int, int, int]) -> np.ndarray:
         return mesh_utils.create_device_mesh(mesh, devices, allow_split_physical_axes=True)
     except (NotImplementedError, ValueError):
         return torus.reshape(mesh)
-
-
-def _host_bounds(topology: tuple[int, ...]) -> tuple[int, int, int]:
-    """Chips per host: 2x2x1, less where the slice is smaller than a host."""
-    return tuple(min(2, s) for s in topology[:2]) + (1,)

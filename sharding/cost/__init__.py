@@ -1,7 +1,43 @@
-"""What is predicted: a pass of a decoder over a torus of chips, before any compiler."""
+"""Costs predicted before any compiler: a pass of a decoder over a torus of chips, and the layouts to choose from."""
 
-from sharding.cost.prediction import *  # noqa: F403
-from sharding.cost.prediction import LINKS
-from sharding.cost.prediction import __all__ as _names
+from sharding.cost.prediction import (
+    LINKS,
+    OVERLAPS,
+    PHASES,
+    Prediction,
+    cache_bytes,
+    check_memory,
+    head_shards,
+    max_context,
+    mfu,
+    predict,
+)
+from sharding.cost.traffic import PURPOSES, Collective, Volume, crossovers, optimal_x, volume_elements
+from sharding.cost.workload import KV_TYPES, RESIDUALS, WEIGHT_BYTES, Layer, Leaf, Weight, Workload, layer_of
 
-__all__ = [*_names, "LINKS"]
+__all__ = [
+    "KV_TYPES",
+    "LINKS",
+    "OVERLAPS",
+    "PHASES",
+    "PURPOSES",
+    "RESIDUALS",
+    "WEIGHT_BYTES",
+    "Collective",
+    "Layer",
+    "Leaf",
+    "Prediction",
+    "Volume",
+    "Weight",
+    "Workload",
+    "cache_bytes",
+    "check_memory",
+    "crossovers",
+    "head_shards",
+    "layer_of",
+    "max_context",
+    "mfu",
+    "optimal_x",
+    "predict",
+    "volume_elements",
+]

@@ -95,7 +95,7 @@ _KINDS = {
 
 
 def of_device(device: jax.Device) -> Chip | None:
-    """The table row of `device`, or None for one that is not in the table (every CPU, for instance)."""
+    """The table row of `device`, or None where the table has none (every CPU, for instance)."""
     name = _KINDS.get(device.device_kind.lower())
     return CHIPS[name] if name else None
 

@@ -25,34 +25,10 @@ from collections.abc import Mapping
 
 from sharding.cost import traffic
 from sharding.cost.hardware import CHIPS, Chip
-from sharding.cost.traffic import PURPOSES, Collective, Volume, crossovers, optimal_x, sizes, volume_elements
-from sharding.cost.workload import KV_TYPES, RESIDUALS, WEIGHT_BYTES, Layer, Workload
-from sharding.layout import layouts
-from sharding.layout.layouts import Layout, parts
+from sharding.cost.traffic import PURPOSES, Collective, sizes
+from sharding.cost.workload import Layer, Leaf, Weight, Workload
 from sharding.layout.rules import Rules, ShardingError
-
-__all__ = [
-    "KV_TYPES",
-    "OVERLAPS",
-    "PHASES",
-    "PURPOSES",
-    "RESIDUALS",
-    "WEIGHT_BYTES",
-    "Collective",
-    "Layer",
-    "Prediction",
-    "Volume",
-    "Workload",
-    "cache_bytes",
-    "check_memory",
-    "crossovers",
-    "head_shards",
-    "max_context",
-    "mfu",
-    "optimal_x",
-    "predict",
-    "volume_elements",
-]
+from sharding.layout.torus_layouts import Layout, parts, rules
 
 PHASES = ("prefill", "decode")
 OVERLAPS = ("full", "memory", "none")
@@ -262,17 +238,9 @@ def _check(chip: Chip, n: int, *, phase: str, batch: int, tokens: int, context: 
 
 
 def _table(work: Workload, layout: Layout, mesh: Mapping[str, int], batch: int, context: int) -> Rules:
-    dims = {
-        "embed": work.d_model,
-        "mlp": work.d_ff,
-        "vocab": work.vocab,
-        "q_heads": work.n_heads,
-        "k_heads": work.k_heads,
-        "v_heads": work.v_heads,
-        "batch": batch,
-    }
-    held = {layer.held(context) for layer in work.layers if layer.owner} if layout.kv_seq else {0}
-    tables = [layouts.rules(layout, mesh, {**dims, "slots": slots}) for slots in sorted(held)]
+    dims = {**work.dims(), "batch": batch}
+    held = {one.held(context) for one in work.layers if one.owner and one.stored("token")} if layout.kv_seq else set()
+    tables = [rules(layout, mesh, {**dims, "slots": slots}) for slots in sorted(held or {0})]
     return tables[0]
 
 
@@ -291,23 +259,22 @@ def _flops(work: Workload, layout: Layout, table: Rules, mesh, rows: int, batch:
     n = math.prod(mesh.values())
     names = ("fresh_batch", "fresh_heads") if fresh else ("attn_batch", "attn_heads")
     split = parts(table[names[0]] + table[names[1]], mesh)
-    per_key = 2 * rows * work.n_heads * ((work.score_dim or work.q_dim) + (work.value_dim or work.o_dim)) / split
     total = 2 * batch * work.d_model * work.vocab / n
-    for layer in work.layers:
-        dense = 2 * rows * (layer.q + layer.o + layer.mlp_in + layer.mlp_out) / n
-        kv = sum(
-            2 * rows * elements / parts(_computed(table, one), mesh)
-            for one, elements in (("k", layer.k), ("v", layer.v))
-        )
-        keys = layer.seen(context) if fresh else _keys(layer, layer.seen(context), layout, mesh, context)
-        total += layer.count * (dense + kv + per_key * keys)
+    for one in work.layers:
+        dense = sum(2 * rows * w.size / parts(_computed(table, w), mesh) for w in one.weights)
+        keys = one.seen(context) if fresh else _keys(one, one.seen(context), layout, mesh, context)
+        per_token = 2 * one.n_heads * (one.score_dim + one.value_dim) * keys + one.token_flops
+        total += one.count * (dense + rows * per_token / split)
     return total
 
 
-def _computed(table: Rules, one: str) -> tuple[str, ...]:
-    """Axes that the K or V projection is split over: its own batch, its weight's heads, and D where partial."""
-    heads = tuple(a for a in table[f"{one}_heads"] if a not in table["act_batch"])
-    return tuple({*table[f"{one}_batch"], *heads, *table["act_embed"]})
+def _computed(table: Rules, weight: Weight) -> tuple[str, ...]:
+    """Axes that a projection is split over: its batch (K's and V's own), its heads, and D where that is partial."""
+    gone, own = table["act_batch"], weight.reads and weight.heads in ("k_heads", "v_heads")
+    batch = table[weight.heads.replace("heads", "batch")] if own else gone
+    partial = table["act_embed"] if weight.reads or weight.writes else ()
+    heads = (a for axis in weight.axes if axis != "embed" for a in table[axis] if a not in gone)
+    return tuple({*batch, *heads, *partial})
 
 
 def _keys(layer: Layer, seen: int, layout: Layout, mesh, context: int) -> int:
@@ -324,61 +291,54 @@ def _hbm(work: Workload, layout: Layout, table: Rules, mesh, batch: int, tokens:
         "kv_read": 0.0,
         "kv_written": 0.0,
     }
-    gone = [c for layer in work.layers for c in _gathers(layer, table, mesh)]
-    out["gathered"] = 2 * work.weight_bytes * sum(c.count * c.elements for c in gone)
-    split = parts(table["cache_heads"] + table["cache_batch"], mesh)
-    for layer in work.layers:
+    for one in work.layers:
+        gathered = sum(c.count * c.elements for w in one.weights for c in traffic.gather_weight(w, table, mesh))
+        out["gathered"] += one.count * 2 * work.weight_bytes * gathered
         if fresh:
-            width = sum(heads * dim for _, heads, dim in layer.leaves)
+            width = sum(leaf.size for leaf in one.stored("token"))
             whole = parts(table["fresh_batch"] + table["fresh_k_heads"], mesh)
-            out["kv_read"] += layer.count * batch * tokens * width * work.act_bytes / whole
+            out["kv_read"] += one.count * batch * tokens * width * work.act_bytes / whole
         else:
-            reached = min(layer.visible + tokens - 1 if layer.visible else context, context)
-            keys = _keys(layer, reached, layout, mesh, context)
-            out["kv_read"] += layer.count * batch * keys * work.token_bytes(layer) / split
-        if layer.owner:
-            kept = min(tokens, layer.held(context))
-            written = _keys(layer, kept, layout, mesh, context)
-            out["kv_written"] += layer.count * batch * written * work.token_bytes(layer) / split
+            reached = min(one.visible + tokens - 1 if one.visible else context, context)
+            keys = _keys(one, reached, layout, mesh, context)
+            out["kv_read"] += one.count * batch * keys * _leaves_bytes(work, one, "token", table, mesh)
+        states = one.count * batch * _leaves_bytes(work, one, "sequence", table, mesh)
+        out["kv_read"] += states
+        if one.owner:
+            kept = min(tokens, one.held(context))
+            written = _keys(one, kept, layout, mesh, context)
+            out["kv_written"] += one.count * batch * written * _leaves_bytes(work, one, "token", table, mesh) + states
     return out
 
 
-def _gathers(layer: Layer, table: Rules, mesh) -> list[Collective]:
-    dims = (
-        ("mlp", layer.mlp_in),
-        ("mlp", layer.mlp_out),
-        ("q_heads", layer.q),
-        ("q_heads", layer.o),
-        ("k_heads", layer.k),
-        ("v_heads", layer.v),
-    )
-    found = [c for dim, size in dims if size for c in traffic.gather_weights(table, mesh, dim, size)]
-    return [dataclasses.replace(c, count=c.count * layer.count) for c in found]
+def _leaves_bytes(work: Workload, one: Layer, per: str, table: Rules, mesh) -> float:
+    """Bytes that a token (or a sequence) has on one chip in the cache that a layer reads."""
+    return sum(work.leaf_bytes(leaf) / parts(_stored(table, leaf), mesh) for leaf in one.stored(per))
+
+
+def _stored(table: Rules, leaf: Leaf) -> tuple[str, ...]:
+    """Axes that one token's (or one sequence's) leaf, and the batch, are split over in the cache."""
+    return table["cache_batch"] + tuple(a for axis in leaf.axes for a in table[axis])
 
 
 # --- memory --------------------------------------------------------------------------------------------
 
 
 def _weight_memory(work: Workload, table: Rules, mesh) -> float:
-    def held(elements: int, dim: str) -> float:
-        return elements * work.weight_bytes / parts(table["embed"] + table[dim], mesh)
-
-    total = held(work.vocab * work.d_model * (1 if work.tied else 2), "vocab") + work.extra * work.act_bytes
-    for layer in work.layers:
-        one = held(layer.q + layer.o, "q_heads") + held(layer.mlp_in + layer.mlp_out, "mlp")
-        one += held(layer.k, "k_heads") + held(layer.v, "v_heads") + layer.extra * work.act_bytes
-        total += layer.count * one
+    tables = work.vocab * work.d_model * (1 if work.tied else 2)
+    total = tables * work.weight_bytes / parts(table["vocab"] + table["embed"], mesh) + work.extra * work.act_bytes
+    for one in work.layers:
+        held = sum(w.size * work.weight_bytes / parts(traffic.weight_split(w, table), mesh) for w in one.weights)
+        total += one.count * (held + one.extra * work.act_bytes)
     return total
 
 
 def _cache_memory(work: Workload, table: Rules, mesh, batch: int, context: int) -> float:
-    split = parts(table["cache_heads"] + table["cache_batch"], mesh)
-    blocks = parts(table["cache_length"], mesh)
-    return sum(
-        layer.count * batch * math.ceil(layer.held(context) / blocks) * work.token_bytes(layer) / split
-        for layer in work.layers
-        if layer.owner
-    )
+    blocks, total = parts(table["cache_length"], mesh), 0.0
+    for one in (layer for layer in work.layers if layer.owner):
+        tokens = math.ceil(one.held(context) / blocks) * _leaves_bytes(work, one, "token", table, mesh)
+        total += one.count * batch * (tokens + _leaves_bytes(work, one, "sequence", table, mesh))
+    return total
 
 
 def _activation_memory(work: Workload, table: Rules, mesh, rows: int, batch: int) -> float:
@@ -387,10 +347,13 @@ def _activation_memory(work: Workload, table: Rules, mesh, rows: int, batch: int
     reduced = table["act_embed"]
     cols = parts(table["act_batch"] + tuple(a for a in table["act_mlp"] if a not in reduced), mesh)
     gathered = rows * work.d_model / parts(table["act_batch"] + reduced, mesh)
-    hidden = rows * work.d_ff * work.gates / cols
-    queries = rows * work.n_heads * max(work.q_dim + work.o_dim, 0) / cols
-    inner = hidden + queries if work.residual == "parallel" else max(hidden, queries)
-    shard = max(max(layer.mlp_in / work.gates, layer.q) for layer in work.layers) / n if table["act_batch"] else 0
+    inner = 0.0
+    for one in work.layers:
+        hidden = rows * one.read_into("mlp") / cols
+        queries = rows * (one.read_into("q_heads") + one.written_from("q_heads")) / cols
+        inner = max(inner, hidden + queries if work.residual == "parallel" else max(hidden, queries))
+    read = (w.size for one in work.layers for w in one.weights if w.reads)
+    shard = max(read, default=0) / n if table["act_batch"] else 0
     logits = batch * work.vocab * 4 / parts(table["vocab"], mesh)
     layer = work.act_bytes * (2 * rows * work.d_model / n + gathered + inner) + 2 * shard * work.weight_bytes
     return max(layer, logits)

@@ -1,10 +1,9 @@
 """The collectives of a pass, layout by layout: what each chip gathers, scatters and exchanges, in elements.
 
-They follow from the rule table of `sharding.layout.layouts` by one rule: an axis that a dim loses is an all-gather,
-one that a partial sum gains a reduce-scatter, one that goes from one dim to another an all-to-all, one that a whole
-dim gains is free; in the order of `sharding.layout.manual`, so that a pass moves here what the written-out program
-moves (a test compares the two, collective by collective). For the MLP this gives the closed forms of Pope et al.,
-arXiv 2211.05102, sections 3.1 to 3.3:
+The rule table of `sharding.layout.torus_layouts` says how every array is split, and `sharding.layout.moves` which steps
+lead from one split to another: the list that the written-out program runs is the list that is counted here (a test
+compares the two, collective by collective). For the MLP this gives the closed forms of Pope et al., arXiv 2211.05102,
+sections 3.1 to 3.3:
 
     >>> volume_elements("ws_2d", 1, 16384, 65536, (4, 4, 4)).total      # 2 (E/X + F/(YZ)) per token
     16384.0
@@ -13,14 +12,14 @@ Not modelled: the fixed latency of a collective, and q/k norms over all heads.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from sharding.cost.workload import Layer, Workload
-from sharding.layout import layouts
-from sharding.layout.layouts import AXES, Layout, parts
-from sharding.layout.rules import Rules, ShardingError
+from sharding.cost.workload import Layer, Weight, Workload
+from sharding.layout.moves import Axes, Names, Split, Step, any_order, moves
+from sharding.layout.rules import Rules, ShardingError, mesh_axes
+from sharding.layout.torus_layouts import AXES, Layout, parts, rules
 
 PURPOSES = ("ffn", "weights", "attention", "resharding", "kv", "merge", "norm", "logits")
 
@@ -92,10 +91,11 @@ def volume_elements(
     mesh = sizes(mesh_shape)
     n = math.prod(mesh.values())
     dims = {"embed": d_model, "mlp": d_ff, "q_heads": n, "k_heads": 1, "v_heads": 1, "vocab": n, "batch": n}
-    table = layouts.rules(Layout(ffn), mesh, dims)
+    table = rules(Layout(ffn), mesh, dims)
     gates = 2 if gated else 1
-    found = [*residual_pair("ffn", table, mesh, tokens * d_model), *mlp(table, mesh, tokens, d_ff, gates)]
-    gathered = [*gather_weights(table, mesh, "mlp", (gates + 1) * d_model * d_ff)]
+    wide = tokens * d_ff
+    found = [*residual_pair("ffn", table, mesh, tokens * d_model), *mlp(table, mesh, gates * wide, wide)]
+    gathered = gather_weight(Weight((d_model, (gates + 1) * d_ff), ("embed", "mlp")), table, mesh)
     count = (lambda c: c.wire) if ring else (lambda c: c.count * c.elements)
     return Volume(sum(map(count, found)), sum(map(count, gathered)))
 
@@ -142,71 +142,89 @@ def residual_pair(purpose: str, table: Rules, mesh: Mapping[str, int], elements:
     ]
 
 
-def mlp(table: Rules, mesh: Mapping[str, int], tokens: float, d_ff: int, gates: int) -> list[Collective]:
-    """The hidden width: partial sums scattered after the input matmuls, gathered in front of the output one."""
-    here = tokens * d_ff / parts(table["act_batch"] + _without(table["act_mlp"], table["act_embed"]), mesh)
+def mlp(table: Rules, mesh: Mapping[str, int], made: float, taken: float) -> list[Collective]:
+    """The hidden width: partial sums of `made` elements scattered after the input matmuls, `taken` elements gathered in
+    front of the output one."""
+    split = parts(table["act_batch"] + _without(table["act_mlp"], table["act_embed"]), mesh)
     return [
-        *_one("ffn", "reduce_scatter", table["act_embed"], mesh, gates * here),
-        *_one("ffn", "all_gather", table["act_embed"], mesh, here),
+        *_one("ffn", "reduce_scatter", table["act_embed"], mesh, made / split),
+        *_one("ffn", "all_gather", table["act_embed"], mesh, taken / split),
     ]
 
 
-def gather_weights(table: Rules, mesh: Mapping[str, int], dim: str, elements: float) -> list[Collective]:
-    """A weight [D, `dim`] of `elements`, gathered over the axes that the batch is split over."""
-    stored, gone = table["embed"] + table[dim], table["act_batch"]
-    left = elements / parts(_without(stored, gone), mesh)
+def gather_weight(weight: Weight, table: Rules, mesh: Mapping[str, int]) -> list[Collective]:
+    """A weight gathered over the axes that the batch is split over."""
+    stored, gone = weight_split(weight, table), table["act_batch"]
+    left = weight.size / parts(_without(stored, gone), mesh)
     axes = [a for a in AXES if a in gone and a in stored]
     return _one("weights", "all_gather", axes, mesh, left, dtype="weight")
 
 
-def attention(work: Workload, layout: Layout, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
-    """Queries and outputs of `tokens` = B x T tokens: partial sums, the way to the cache's layout and back, and the
-    merge of partial softmaxes over kv_seq. `fresh`: attention inside the pass's own tokens."""
-    rows, reduced = tokens * work.n_heads, table["act_embed"]
-    made = _place(table, batch="act_batch", heads="act_q_heads")
-    here = rows / parts(table["act_batch"] + _without(table["act_q_heads"], reduced), mesh)
+def weight_split(weight: Weight, table: Rules) -> Axes:
+    """The mesh axes that a weight is stored over."""
+    return tuple(dict.fromkeys(a for axis in weight.axes for a in table[axis]))
+
+
+def projections(layer: Layer, table: Rules, mesh, tokens: int) -> list[Collective]:
+    """Queries and outputs of `tokens` = B x T tokens: partial sums over a split D scattered after the projections into
+    heads and summed after those into an unsplit width (a latent), heads gathered in front of the output projection.
+    Keys and values: `kv`."""
+    reduced, rows = table["act_embed"], table["act_batch"]
+    split = parts(rows + _without(table["act_q_heads"], reduced), mesh)
     out = [
-        *_one("attention", "reduce_scatter", reduced, mesh, here * work.q_dim),
-        *_one("attention", "all_gather", reduced, mesh, here * work.o_dim),
+        *_one("attention", "reduce_scatter", reduced, mesh, tokens * layer.read_into("q_heads") / split),
+        *_one("attention", "all_gather", reduced, mesh, tokens * layer.written_from("q_heads") / split),
     ]
-    score, value = rows * (work.score_dim or work.q_dim), rows * (work.value_dim or work.o_dim)
+    for weight in layer.mixers:
+        if weight.reads and not table[weight.heads] and weight.heads not in ("k_heads", "v_heads"):
+            out += _one("attention", "all_reduce", reduced, mesh, tokens * weight.width / parts(rows, mesh))
+    return out
+
+
+def attention(layer: Layer, layout: Layout, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
+    """The way of queries to the cache's layout and of results back, and the merge of partial softmaxes over kv_seq.
+    `fresh`: attention inside the pass's own tokens."""
+    rows, made = tokens * layer.n_heads, ("act_batch", "act_q_heads")
+    score, value = rows * layer.score_dim, rows * layer.value_dim
+    moved, merged = _Mover("resharding", table, mesh), _Mover("merge", table, mesh)
     if fresh:
-        there = _place(table, batch="fresh_batch", heads="fresh_heads")
-        return out + reshard("resharding", score, made, there, mesh) + reshard("resharding", value, there, made, mesh)
-    there, back = (_place(table, batch="attn_batch", heads=name) for name in ("attn_heads", "attn_out_heads"))
-    out += reshard("resharding", score, made, there, mesh, gather="merge" if layout.kv_seq else "")
+        there = ("fresh_batch", "fresh_heads")
+        return moved.reshard(score, made, there) + moved.reshard(value, there, made)
+    there, back = ("attn_batch", "attn_heads"), ("attn_batch", "attn_out_heads")
+    out = moved.reshard(score, made, there, gathers="merge" if layout.kv_seq else "")
     if layout.kv_seq:
         partial = rows / parts(table["attn_batch"] + table["attn_heads"], mesh)
         out += _one("merge", "all_reduce", layout.kv_seq, mesh, partial, dtype="float32", count=2)  # maxima and sums
-        out += reduce("merge", value, layout.kv_seq, there, back, mesh, dtype="float32")
-    return out + reshard("resharding", value, back, made, mesh)
+        orders = any_order(table, mesh, there, back)
+        out += merged.reduce(value, layout.kv_seq, merged.split(there), back, dtype="float32", orders=orders)
+    return out + moved.reshard(value, back, made)
 
 
 def kv(layer: Layer, table: Rules, mesh, tokens: int, fresh: bool) -> list[Collective]:
-    """New entries of an owner, from the projection to the cache: B x T tokens, `fresh` ones also to every query."""
-    out, reduced, gone = [], table["act_embed"], table["act_batch"]
-    for name, heads, dim in layer.leaves:
-        one, elements = ("v" if name == "v" else "k"), tokens * heads * dim
-        projected = {"batch": gone, "heads": _without(table[f"{one}_heads"], gone)}
-        made = _place(table, batch=f"{one}_batch", heads=f"act_{one}_heads")
-        out += reduce("kv", elements, reduced, projected, made, mesh)
-        out += reshard("kv", elements, made, _place(table, batch="cache_batch", heads="cache_heads"), mesh)
+    """New entries of an owner, from the projection to the cache: B x T tokens, `fresh` ones also to every query. A leaf
+    that no projection of D leads to (a latent's) is whole on every chip; states stay where they are updated."""
+    out, moved = [], _Mover("kv", table, mesh)
+    for leaf in layer.stored("token"):
+        one, elements = ("v" if leaf.role == "value" else "k"), tokens * leaf.size
+        made = (f"{one}_batch", f"act_{one}_heads")
+        if layer.read_into(f"{one}_heads"):
+            projected = (table["act_batch"], _without(table[f"{one}_heads"], table["act_batch"]))
+            out += moved.reduce(elements, table["act_embed"], projected, made)
+        out += moved.reshard(elements, made, ("cache_batch", "cache_heads"))
         if fresh:
-            out += reshard("kv", elements, made, _place(table, batch="fresh_batch", heads=f"fresh_{one}_heads"), mesh)
+            out += moved.reshard(elements, made, ("fresh_batch", f"fresh_{one}_heads"))
     return out
 
 
 def ends(work: Workload, table: Rules, mesh, batch: int, tokens: int) -> list[Collective]:
     """Embedding rows summed over the vocabulary's axes into the residual's layout; the last norm; the last tokens'
     residual gathered for the logits, whose partial sums are scattered in float32."""
-    rows = {"batch": (), "embed": table["embed"]}
-    residual = _place(table, batch="res_batch", embed="res_embed")
-    last = _place(table, batch="logit_batch", embed="logit_embed")
+    moved, residual, last = _Mover("logits", table, mesh), ("res_batch", "res_embed"), ("logit_batch", "logit_embed")
     logits = batch * work.vocab / parts(table["vocab"] + table["logit_batch"], mesh)
     return [
-        *reduce("logits", tokens * work.d_model, table["vocab"], rows, residual, mesh),
+        *moved.reduce(tokens * work.d_model, table["vocab"], ((), table["embed"]), residual),
         *norms(1, work, table, mesh, tokens),
-        *reshard("logits", batch * work.d_model, residual, last, mesh),
+        *moved.reshard(batch * work.d_model, residual, last),
         *_one("logits", "reduce_scatter", table["logit_embed"], mesh, logits, dtype="float32"),
     ]
 
@@ -218,81 +236,49 @@ def norms(count: int, work: Workload, table: Rules, mesh, tokens: int) -> list[C
     return _one("norm", "all_reduce", table["res_embed"], mesh, here, dtype="float32", count=means) if means else []
 
 
-# --- from one placement to another ---------------------------------------------------------------------
-
-Placement = dict[str, tuple[str, ...]]  # dim -> mesh axes that split it; both sides of a move name the same dims
+# --- from one layout to another ------------------------------------------------------------------------
 
 
-def reshard(
-    purpose: str, elements: float, have: Placement, want: Placement, mesh, *, gather: str = "", dtype: str = "act"
+@dataclasses.dataclass(frozen=True)
+class _Mover:
+    """Counts moves under one purpose, by one rule table on one mesh."""
+
+    purpose: str
+    table: Rules
+    mesh: Mapping[str, int]
+
+    def split(self, names: Names) -> Split:
+        return tuple(mesh_axes(self.table, name) for name in names)
+
+    def reshard(self, elements: float, have: Names, want: Names, *, gathers: str = "") -> list[Collective]:
+        """An array of `elements` from one tuple of logical axes to another; gathers are counted under `gathers` if
+        given."""
+        steps = moves(self.split(have), self.split(want), (), any_order(self.table, self.mesh, have, want))
+        return count(steps, elements, self.mesh, self.purpose, gathers=gathers)
+
+    def reduce(
+        self, elements: float, partial: Axes, have: Split, want: Names, *, dtype: str = "act", orders: Any = None
+    ) -> list[Collective]:
+        """A sum over `partial`, split as `have`, ended in the logical axes `want`."""
+        steps = moves(have, self.split(want), partial, orders or {})
+        return count(steps, elements, self.mesh, self.purpose, dtype=dtype)
+
+
+def count(
+    steps: Iterable[Step], elements: float, mesh: Mapping[str, int], purpose: str, *, gathers: str = "", dtype="act"
 ) -> list[Collective]:
-    """An array of `elements` from one placement to another, step for step as `manual.reshard`; gathers are counted
-    under `gather` if given."""
-    now, out = dict(have), []
-    wanted = {a for axes in want.values() for a in axes}
-    leaving = {a: dim for dim, axes in have.items() for a in axes if a not in want[dim]}
-
-    def here() -> float:
-        return elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
-
-    def gathered(dim: str, kept) -> None:
-        gone, now[dim] = _without(now[dim], kept), tuple(a for a in now[dim] if a in kept)
-        out.extend(_one(gather or purpose, "all_gather", gone, mesh, here(), dtype=dtype))
-
-    for dim in have:  # rows stay in blocks: what neither layout continues is gathered first
-        pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(have[dim], want[dim], strict=False))
-        shared = tuple(a for a, _ in pairs)
-        if dim != "heads" and shared not in (tuple(have[dim]), tuple(want[dim])):
-            gathered(dim, shared)
-            leaving = {a: d for a, d in leaving.items() if d != dim or a in shared}
-    for dim in want:
-        added = list(_without(want[dim], now[dim]))
-        if added:
-            gathered(dim, wanted)
-        while added:
-            source = leaving.get(added[0])
-            run = [added.pop(0)]
-            if source is not None:
-                while added and leaving.get(added[0]) == source:
-                    run.append(added.pop(0))
-                gathered(source, wanted)
-                out += _one(purpose, "all_to_all", run, mesh, here(), dtype=dtype)
-                now[source] = _without(now[source], run)
-                leaving = {a: d for a, d in leaving.items() if a not in run}
-            now[dim] += tuple(run)
-    for dim in want:
-        gathered(dim, want[dim])
+    """The collectives among the steps of an array that has `elements` in all."""
+    out = []
+    for step in steps:
+        if step.kind != "slice":
+            split = step.then if step.kind == "all_gather" else step.have
+            here = elements / parts(tuple(a for axes in split for a in axes), mesh)
+            under = gathers if gathers and step.kind == "all_gather" else purpose
+            out += _one(under, step.kind, step.axes, mesh, here, dtype=dtype)
     return out
 
 
-def reduce(
-    purpose: str, elements: float, partial, have: Placement, want: Placement, mesh, *, dtype: str = "act"
-) -> list[Collective]:
-    """A sum over `partial` ended in another placement, step for step as `manual.reduce`."""
-    out = []
-    leaving = [a for dim, axes in have.items() for a in axes if a not in want[dim]]
-    if leaving:
-        first = {d: tuple(a for a in axes if a in have[d] or a in leaving) for d, axes in want.items()}
-        out, have = reshard(purpose, elements, have, first, mesh, dtype=dtype), first
-    now, scattered = dict(have), []
-    for dim in want:
-        held = [a for axes in now.values() for a in axes]
-        now[dim] += tuple(a for a in want[dim] if a not in partial and a not in held)
-        into = tuple(a for a in want[dim] if a in partial and a not in now[dim])
-        here = elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
-        out += _one(purpose, "reduce_scatter", into, mesh, here, dtype=dtype)
-        now[dim] = tuple(a for a in want[dim] if a in now[dim] + into) + _without(now[dim], want[dim])
-        scattered += into
-    here = elements / parts(tuple(a for axes in now.values() for a in axes), mesh)
-    out += _one(purpose, "all_reduce", _without(partial, scattered), mesh, here, dtype=dtype)
-    return out + reshard(purpose, elements, now, want, mesh, dtype=dtype)
-
-
-def _place(table: Rules, **names: str) -> Placement:
-    return {dim: tuple(table[name]) for dim, name in names.items()}
-
-
-def _without(axes, gone) -> tuple[str, ...]:
+def _without(axes, gone) -> Axes:
     return tuple(a for a in axes if a not in gone)
 
 
@@ -301,29 +287,31 @@ def of_pass(work: Workload, layout: Layout, table: Rules, mesh, *, batch: int, t
     rows, fresh = batch * tokens, tokens > 1 and tokens == context
     found: list[Collective] = ends(work, table, mesh, batch, rows)
     for layer in work.layers:
-        one = [
-            *residual_pair("ffn", table, mesh, rows * work.d_model),
-            *mlp(table, mesh, rows, work.d_ff, work.gates),
-            *attention(work, layout, table, mesh, rows, fresh),
-        ]
-        pair = residual_pair("attention", table, mesh, rows * work.d_model)
-        one += norms(layer.norms, work, table, mesh, rows)
-        one += [] if work.residual == "parallel" else pair
-        one += pair[:1] if layer.kv_norm else []  # the owner's K, V read the stream through a norm of their own
-        if layer.owner:
-            one += kv(layer, table, mesh, rows, fresh)
-        for dim, elements in (
-            ("mlp", layer.mlp_in),
-            ("mlp", layer.mlp_out),
-            ("q_heads", layer.q),
-            ("q_heads", layer.o),
-            ("k_heads", layer.k),
-            ("v_heads", layer.v),
-        ):
-            one += gather_weights(table, mesh, dim, elements) if elements else []
+        one = of_layer(layer, work, layout, table, mesh, rows, fresh)
         found += [dataclasses.replace(c, count=c.count * layer.count) for c in one]
     merged: dict[Collective, int] = {}
     for c in found:
         key = dataclasses.replace(c, count=1)
         merged[key] = merged.get(key, 0) + c.count
     return tuple(dataclasses.replace(c, count=count) for c, count in merged.items())
+
+
+def of_layer(
+    layer: Layer, work: Workload, layout: Layout, table: Rules, mesh, rows: int, fresh: bool
+) -> list[Collective]:
+    """The collectives of one layer for `rows` = B x T tokens."""
+    out = norms(layer.norms, work, table, mesh, rows)
+    if layer.mlp:
+        out += residual_pair("ffn", table, mesh, rows * work.d_model)
+        out += mlp(table, mesh, rows * layer.read_into("mlp"), rows * layer.written_from("mlp"))
+    pair = residual_pair("attention", table, mesh, rows * work.d_model) if layer.mixers else []
+    out += [] if work.residual == "parallel" and layer.mlp else pair
+    out += pair[:1] if layer.kv_norm else []  # the owner's K, V read the stream through a norm of their own
+    out += projections(layer, table, mesh, rows)
+    if layer.n_heads:
+        out += attention(layer, layout, table, mesh, rows, fresh)
+    if layer.owner:
+        out += kv(layer, table, mesh, rows, fresh)
+    for weight in layer.weights:
+        out += gather_weight(weight, table, mesh)
+    return out

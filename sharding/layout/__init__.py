@@ -1,1 +1,1 @@
-"""What runs: meshes, rule tables, layouts, and the moves between them."""
+"""Layouts that programs run in: meshes, rule tables, torus layouts, and the moves between them."""

@@ -23,13 +23,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sharding.layout import collective_matmul, layouts, manual
+from sharding.layout import collective_matmul, manual, torus_layouts
+from sharding.layout.moves import Axes, Names, Split, any_order
 from sharding.layout.rules import Rules, ShardingError, mesh_axes
 
 _LOOKUP = 1 << 27  # elements of looked-up rows a chip may hold at once
-
-_ANY_ORDER = ("attn_heads", "attn_out_heads")  # in which a chip's query heads attend
-Names = tuple[str | None, ...]  # logical axes, one a dim; None = not split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +36,11 @@ class _Context:
     rules: Rules
     overlap: str | None = None  # None: the compiler partitions
 
-    def split(self, names: Names) -> manual.Split:
+    def split(self, names: Names) -> Split:
         return tuple(() if n is None else mesh_axes(self.rules, n) for n in names)
 
-    def orders(self, have: Names, want: Names) -> dict[int, tuple[str, ...]]:
-        """For `manual.reshard`: query heads that attend to one K/V head may lie in any order while they do."""
-        dims = [d for d, pair in enumerate(zip(have, want, strict=True)) if any(n in _ANY_ORDER for n in pair)]
-        stored = mesh_axes(self.rules, "q_heads") if dims else ()
-        return {d: stored + tuple(a for a in self.mesh if a not in stored) for d in dims}
+    def orders(self, have: Names, want: Names) -> dict[int, Axes]:
+        return any_order(self.rules, self.mesh, have, want)
 
 
 _ACTIVE: contextvars.ContextVar[_Context | None] = contextvars.ContextVar("kvattn_rules", default=None)
@@ -68,7 +63,7 @@ def partition_spec(axes: Names, rules: Rules, shape: tuple[int, ...], mesh: Mesh
             if mesh_axis in used:
                 raise ShardingError(f"axes {axes} put two dims on mesh axis {mesh_axis!r}; change one row.")
             used.add(mesh_axis)
-        parts = layouts.parts(target, mesh.shape)
+        parts = torus_layouts.parts(target, mesh.shape)
         if size % parts:
             raise ShardingError(
                 f"{name} is {size}, not divisible by {parts}, the size of mesh axes {target}; "
@@ -162,7 +157,7 @@ def offset(name: str, local: int) -> Any:
 def whole(name: str, local: int) -> int:
     """Size of the dim `name` of which a chip holds `local`."""
     active = _manual()
-    return local if active is None else local * layouts.parts(mesh_axes(active.rules, name), active.mesh)
+    return local if active is None else local * torus_layouts.parts(mesh_axes(active.rules, name), active.mesh)
 
 
 def merge_softmax(out: jax.Array, top: jax.Array, total: jax.Array, name: str, have: Names, want: Names) -> jax.Array:
@@ -185,13 +180,14 @@ def merge_softmax(out: jax.Array, top: jax.Array, total: jax.Array, name: str, h
 
 
 def own_group(kv: jax.Array, q_heads: int, name: str) -> jax.Array:
-    """Of kv[B,K,S,H] with all K heads here: those that this chip's `q_heads` query heads, split as `name`, read."""
+    """Takes, of kv[B,K,S,H] with all K heads here, the heads that this chip's `q_heads` query heads, split as `name`,
+    read."""
     active = _manual()
     over = () if active is None else mesh_axes(active.rules, name)
     heads = kv.shape[1]
     if not over or heads == 1:
         return kv
-    total = q_heads * layouts.parts(over, active.mesh)
+    total = q_heads * torus_layouts.parts(over, active.mesh)
     group = total // heads  # query heads that read one K head
     if q_heads % group and group % q_heads:
         raise ShardingError(
@@ -288,8 +284,8 @@ def reduce(x: jax.Array, name: str, have: Names, want: Names) -> jax.Array:
 
 
 def once(bias: jax.Array, name: str, batch: str = "act_batch") -> jax.Array:
-    """A bias to add to a sum left open over the axes that split a weight's `name`: itself on one chip of those that are
-    summed, zero on the others. Axes of `batch` are not summed: the weight is gathered over them."""
+    """A bias to add to a sum left open over the axes that split a weight's `name`: itself on one of the summed chips,
+    zero on the others. Axes of `batch` are not summed: the weight is gathered over them."""
     active = _manual()
     if active is None:
         return bias

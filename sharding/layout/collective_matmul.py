@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.layout import layouts, manual
-from sharding.layout.manual import Axes, Split
+from sharding.layout import manual, torus_layouts
+from sharding.layout.moves import Axes, Split, full_order
 
 OVERLAPS = ("none", "one_way", "two_way")
 UNROLLED = 16  # rings up to this many chips are written out; longer ones are a loop
@@ -44,7 +44,7 @@ def matmul(
     ahead = tuple(a for a in have[2] if a not in summed)
     if want is not None:  # rows that this chip will not keep are not multiplied
         for axis in [a for a in want[0] if a not in summed and all(a not in axes for axes in (*have, cols))]:
-            x = manual.slice_(x, 0, have[0], axis, want[0], mesh)
+            x = manual.slice_(x, 0, have[0], axis, full_order(have[0], want[0]), mesh)
             have = (tuple(a for a in want[0] if a in have[0] or a == axis), *have[1:])
     job = _Job(product, inner, mesh, overlap == "two_way")
     if overlap == "none":
@@ -85,7 +85,7 @@ class Ring:
     """The chips along `axes`, in the order in which they split a dim."""
 
     def __init__(self, axes: Axes, mesh: Mapping[str, int]):
-        self.axes, self.size = axes, layouts.parts(axes, mesh)
+        self.axes, self.size = axes, torus_layouts.parts(axes, mesh)
 
     @property
     def me(self) -> jax.Array:
@@ -159,7 +159,7 @@ def weight_ring(x: jax.Array, w: jax.Array, w_split: Split, gone: Axes, job: _Jo
     into = tuple(a for a in w_split[0] if a in axes)
     out = tuple(a for a in w_split[inner] if a in axes)
     ring, deep, wide = Ring(axes, mesh), w.shape[0], w.shape[inner]
-    ins, outs = layouts.parts(into, mesh), layouts.parts(out, mesh)
+    ins, outs = torus_layouts.parts(into, mesh), torus_layouts.parts(out, mesh)
     halves = job.two_way and wide % 2 == 0
     size = wide // 2 if halves else wide
     parts = tuple(lax.dynamic_slice_in_dim(w, h * size, size, inner) for h in (0, 1)) if halves else (w,)

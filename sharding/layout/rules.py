@@ -2,7 +2,7 @@
 
 Parameters and activations are named apart (`embed` is a weight's D, `act_embed` an activation's). A name
 that a table does not know, or two dims of one array on the same mesh axis, raises: nothing is replicated
-by accident. RULES are the training tables; `sharding.layout.layouts` makes the decode tables of Pope et al.
+by accident. RULES are the training tables; `sharding.layout.torus_layouts` makes the decode tables of Pope et al.
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,7 @@ _TRAINING = {
     "v_heads": "tensor",
     "head_dim": None,
     "value_dim": None,
+    "latent": None,
     "mlp": "tensor",
     # activations: the residual stream (res_), inside a block (act_), the K and V projections (k_, v_)
     "res_batch": ("data", "fsdp"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvattn import cache, config, model
-from kvattn.attention import step, target
+from kvattn.attention import gate, step, target
 from kvattn.config import CacheConfig, MaskConfig
 from kvattn.errors import UserError
 from pallas_kernels import gpu
@@ -84,7 +84,7 @@ def test_decoding_with_a_kernel_equals_the_reference(kernel, name, store):
     held = (TPU_STORES if platform == "tpu" else GPU_STORES)[store]
     if platform == "gpu" and not gpu.AVAILABLE:
         with pytest.raises(UserError, match="JAX 0.11"):
-            cache.create(with_kernel(MODELS[name], kernel), held, 2, 120)
+            model.create_caches(with_kernel(MODELS[name], kernel), held, 2, 120)
         return
     cfg, dtype = MODELS[name], jnp.float32 if platform == "tpu" else jnp.bfloat16
     params, tokens = lively(cfg), tokens_of(cfg, rows=2, length=LENGTH)
@@ -129,7 +129,7 @@ def test_the_kernel_is_what_runs():
 )
 def test_what_a_kernel_cannot_read_is_said_of_the_config(change, store, words):
     with pytest.raises(UserError, match=words):
-        config.validate(config.Experiment(model=tiny.config(**{**WIDE, **change}), cache=CacheConfig(**store)))
+        gate(tiny.config(**{**WIDE, **change}), CacheConfig(**store))
 
 
 def test_the_configs_kernels_reach_a_checkpoints_model():
@@ -138,7 +138,7 @@ def test_the_configs_kernels_reach_a_checkpoints_model():
     assert (held.kernel, held.decode_kernel, held.remat) == ("splash", "mosaic_tpu", "full")
     assert dataclasses.replace(held, kernel="xla", decode_kernel="xla", remat="none") == MODELS["gqa"]
     with pytest.raises(UserError, match="attention-sink tokens"):
-        config.executed(MODELS["window_sinks"], tiny.config(kernel="splash"))
+        gate(config.executed(MODELS["window_sinks"], tiny.config(kernel="splash")))
 
 
 def test_off_its_platform_a_kernel_raises():

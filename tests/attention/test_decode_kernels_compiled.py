@@ -82,9 +82,9 @@ def test_a_tpu_loop_copies_no_cache(compiler, tmp_path, name, where):
 
 
 def _bandwidth(where):
-    from sharding.compiler.topology import parse_slice
+    from sharding.cost.slices import parse_slice
 
-    return parse_slice(where).chip.hbm_bandwidth
+    return parse_slice(where).row.hbm_bandwidth
 
 
 @pytest.mark.skipif(not gpu.AVAILABLE, reason="Mosaic GPU kernels need JAX 0.11 or later")

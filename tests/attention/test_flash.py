@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from kvattn import model
-from kvattn.attention import core, flash, target
-from kvattn.attention.dispatch import Operand
+from kvattn.attention import core, flash, gate, target
+from kvattn.attention.operand import Operand
 from kvattn.config import MaskConfig
 from kvattn.errors import UserError
-from kvattn.masks import Tokens, from_config
+from kvattn.masks import Tokens, as_keys, from_config
+from pallas_kernels import Leaf
 from sharding.compiler.aot import Compiler
 from tests.helpers import tiny
 from tests.helpers.models import lively, tokens_of
@@ -48,22 +49,29 @@ def _case(cfg, layout="whole", segments=False, dtype=jnp.float32):
         at = np.stack([np.arange(T) - np.searchsorted(row, row) for row in ids]).astype(np.int32)
         ids = jnp.asarray(ids, jnp.int32)
     tokens = Tokens(jnp.asarray(at), ids)
-    kv = [(B, cfg.n_k_heads, T, cfg.head_dim), (B, cfg.n_v_heads, T, cfg.v_head_dim)]
-    q, k, v = (jnp.asarray(rng.normal(size=s), dtype) for s in ((B, T, cfg.n_heads, cfg.head_dim), *kv))
-    mask = from_config(cfg.mask(0))(tokens, tokens)
+    s = cfg.attention(0).softmax(cfg)
+    shapes = (B, T, s.heads, s.key_dim), (B, s.k_heads, T, s.key_dim), (B, s.v_heads, T, s.value_dim)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+    mask = from_config(cfg.mask(0))(tokens, as_keys(tokens))
     return q, k, v, tokens, mask, np.asarray(at >= 0)
+
+
+def _operand(cfg, q, k, v, mask, tokens):
+    shape = cfg.attention(0).softmax(cfg)
+    return Operand(q, Leaf(k), Leaf(v), shape.scale, shape.cap, mask=mask, tokens=as_keys(tokens), own=True)
 
 
 def _compare(run, cfg, q, k, v, tokens, mask, live, value=F32_OP, gradient=F32_GRAD):
     """Values and gradients of real tokens."""
+    shape = cfg.attention(0).softmax(cfg)
     weight = np.random.default_rng(8).normal(size=q.shape[:3] + v.shape[3:]) * live[..., None, None]
     weight = jnp.asarray(weight, jnp.float32)
 
     def theirs(q, k, v):
-        return run(cfg, 0, q, tokens, Operand(k, v, mask, tokens)).astype(jnp.float32)
+        return run(tokens, _operand(cfg, q, k, v, mask, tokens), cfg.mask(0)).astype(jnp.float32)
 
     def ours(q, k, v):
-        return core.attend_partial(q, k, v, mask, scale=cfg.scale, cap=cfg.attn_soft_cap).out
+        return core.attend_partial(q, k, v, mask, scale=shape.scale, cap=shape.cap).out
 
     loss = lambda f: jax.jit(jax.value_and_grad(lambda *x: (f(*x) * weight).sum(), (0, 1, 2)))  # noqa: E731
     close(np.asarray(theirs(q, k, v))[live], np.asarray(ours(q, k, v))[live], value, "out")
@@ -186,10 +194,8 @@ def test_tokamax_equals_the_reference_or_says_it_is_missing():
     ],
 )
 def test_supports_gives_the_reason(kernel, change, reason):
-    from kvattn import config
-
     with pytest.raises(UserError, match=f"model.kernel is '{kernel}', which cannot serve this model: .*{reason}"):
-        config.validate(tiny.config(kernel=kernel, **change))
+        gate(tiny.config(kernel=kernel, **change))
 
 
 @pytest.mark.parametrize("kernel,platform", [("splash", "tpu"), ("cudnn", "gpu")])
@@ -197,11 +203,11 @@ def test_off_its_platform_a_kernel_raises(kernel, platform):
     cfg = tiny.config(head_dim=16, v_head_dim=16, kernel=kernel)
     q, k, v, tokens, mask, _ = _case(cfg)
     with pytest.raises(UserError, match=f"model.kernel is '{kernel}', a kernel for {platform}, and this is a cpu"):
-        getattr(flash, kernel)(cfg, 0, q, tokens, Operand(k, v, mask, tokens))
+        getattr(flash, kernel)(tokens, _operand(cfg, q, k, v, mask, tokens), cfg.mask(0))
 
 
 def test_cudnn_takes_no_packed_segments():
     cfg = tiny.config(head_dim=16, v_head_dim=16, kernel="cudnn")
     q, k, v, tokens, mask, _ = _case(cfg, segments=True, dtype=jnp.bfloat16)
     with target.of("gpu"), pytest.raises(UserError, match="no packed segments"):
-        flash.cudnn(cfg, 0, q, tokens, Operand(k, v, mask, tokens))
+        flash.cudnn(tokens, _operand(cfg, q, k, v, mask, tokens), cfg.mask(0))

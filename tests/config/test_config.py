@@ -1,10 +1,12 @@
 """The typed config: re-typing, validation, derived fields."""
 
 import dataclasses
+import json
 
 import pytest
 
 from kvattn import config as c
+from kvattn.attention import Heads, NoAttention, gate
 from kvattn.errors import UserError
 from tests.helpers import tiny
 
@@ -24,7 +26,13 @@ def test_a_config_survives_the_round_trip_and_is_hashable():
 
 def test_the_config_dict_is_locked_all_the_way_down():
     loose = c.to_config_dict(EXPERIMENT)
-    for holder in (loose, loose.model, loose.train.distill, loose.convert[0], loose.study.rows[1].model.masks[0]):
+    for holder in (
+        loose,
+        loose.model,
+        loose.train.distill,
+        loose.convert[0],
+        loose.study.rows[1].model.layers[0].attention,
+    ):
         with pytest.raises(AttributeError):
             holder.unheard_of = 1
 
@@ -70,8 +78,11 @@ ILLEGAL = {
     # field to change: (value, what the sentence must name)
     "model.d_model": (0, "model.d_model"),
     "model.n_k_heads": (4, "model.n_k_heads"),
-    "model.variant": ("head", "model.variant"),
-    "model.kernel": ("cuda", "model.kernel"),
+    "model.variant": ("heads", "model.variant"),
+    "model.layers": (
+        ({"attention": {"name": "head"}},),
+        "model.layers[0].attention.name is 'head' (nearest valid: heads)",
+    ),
     "model.norm": ("rms", "model.norm"),
     "model.mlp": ("relu", "model.mlp"),
     "model.residual": ("parallel", "model.residual"),
@@ -117,10 +128,10 @@ def test_illegal_values_are_one_sentence_that_names_the_field(path):
         ({"kv_source": (0, 2, 2, 2)}, "kv_source[1]"),
         ({"kv_source": (0, 0, 1, 1)}, "kv_source[2]"),
         ({"kv_source": (0, 0, 2, 2), "ropes": (c.RopeConfig(), None)}, "ropes differ"),
-        ({"masks": (c.MaskConfig(sinks=2),)}, "masks[0].sinks"),
-        ({"ropes": (c.RopeConfig(dim=7),)}, "ropes[0].dim"),
-        ({"ropes": (c.RopeConfig(dim=12),)}, "ropes[0].dim"),
-        ({"ropes": (c.RopeConfig(scaling="yarn", factor=2.0),)}, "ropes[0].original_length"),
+        ({"masks": (c.MaskConfig(sinks=2),)}, "layers[0].mask.sinks"),
+        ({"ropes": (c.RopeConfig(dim=7),)}, "layers[0].rope.dim"),
+        ({"ropes": (c.RopeConfig(dim=12),)}, "layers[0].rope.dim"),
+        ({"ropes": (c.RopeConfig(scaling="yarn", factor=2.0),)}, "layers[0].rope.original_length"),
         ({"residual": "parallel_palm", "norm_placement": "post"}, "norm_placement"),
         ({"norm": "layernorm", "norm_offset": 1.0}, "norm_offset"),
     ],
@@ -168,7 +179,7 @@ def test_unknown_conversions_and_fields_are_named(step, message):
 def test_a_ring_needs_a_window_in_every_reader():
     cfg = dataclasses.replace(EXPERIMENT, model=tiny.CASES["cla2"], convert=(), cache=c.CacheConfig(kinds=("ring",)))
     with pytest.raises(UserError, match="layer 0.*no window"):
-        c.validate(cfg)
+        gate(cfg.model, cfg.cache)
 
 
 @pytest.mark.parametrize("name", sorted(tiny.CASES))
@@ -200,3 +211,42 @@ def test_row_names_are_unique_and_scratch_rows_do_not_convert():
     both = c.VariantConfig("a", (c.Conversion.of("cla", factor=2),), model=tiny.BASE)
     with pytest.raises(UserError, match="both model and convert"):
         c.validate(dataclasses.replace(EXPERIMENT, study=c.StudyConfig(rows=(both,))))
+
+
+def test_layers_are_values_that_mix_freely():
+    """Families, head counts, masks and rotations of their own in every layer; the pattern repeats."""
+    wide, narrow = Heads(n_heads=6, n_k_heads=3, n_v_heads=3, head_dim=10), Heads(n_heads=2, n_k_heads=1, n_v_heads=1)
+    layers = (c.Layer(wide, tiny.WINDOW), c.Layer(narrow, rope=None), c.Layer(NoAttention()))
+    cfg = c.ModelConfig(n_layers=5, layers=layers)
+    c.validate(cfg)
+    assert [cfg.attention(l).tag for l in range(5)] == ["heads", "heads", "none", "heads", "heads"]
+    assert cfg.owners == (0, 1, 3, 4)
+    assert cfg.replace(head_dim=4).attention(1) == Heads(n_heads=2, n_k_heads=1, n_v_heads=1, head_dim=4)
+    assert cfg.replace(head_dim=4).attention(2) == NoAttention()
+    assert cfg.replace(masks=(tiny.SINKS,)).mask(4) == tiny.SINKS
+    for again in (c.to_config_dict(cfg), c.plain(cfg), json.loads(json.dumps(c.plain(cfg)))):
+        assert c.from_config_dict(again, c.ModelConfig) == cfg
+    with pytest.raises(TypeError, match="n_keys is no field"):
+        cfg.replace(n_keys=1)
+
+
+def test_one_field_of_a_family_changes_in_all_layers_that_have_it():
+    loose = c.to_config_dict(dataclasses.replace(EXPERIMENT, convert=()))
+    loose.model.n_heads = 4
+    assert {layer.attention.n_heads for layer in c.from_config_dict(loose).model.every} == {4}
+
+
+def test_the_form_before_layers_were_values_is_read():
+    """Flat heads with patterns of masks and ropes, as checkpoints of format 1 have them."""
+    cfg = tiny.CASES["mqa_cla2_pattern"]
+    new = c.plain(cfg)
+    old = {name: value for name, value in new.items() if name != "layers"} | c.plain(cfg.attention(0))
+    del old["name"]
+    old |= {"variant": "heads", "masks": [c.plain(layer.mask) for layer in cfg.every], "ropes": [c.plain(cfg.rope(0))]}
+    assert c.from_config_dict(json.loads(json.dumps(old)), c.ModelConfig).every == cfg.every
+
+
+def test_a_config_from_scratch_names_its_layers():
+    assert c.from_config_dict(c.to_config_dict(c.Experiment())).model.layers == ()
+    with pytest.raises(UserError, match="model.layers has 3 entries"):
+        c.validate(c.ModelConfig(n_layers=2, layers=(c.Layer(Heads()), c.Layer(NoAttention()), c.Layer(Heads()))))

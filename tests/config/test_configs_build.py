@@ -10,7 +10,7 @@ import pytest
 from configs import sizes, variants
 from experiments.common import cli
 from kvattn import convert, model, spec
-from kvattn.config.legality import check_model_cache as validate_cache
+from kvattn.attention import gate
 from kvattn.errors import UserError
 from tests.helpers.paths import ROOT
 
@@ -60,7 +60,9 @@ def test_config_builds_and_its_models_have_parameters(name):
     cfg = load(name)
     assert cfg.name
     assert cfg.workdir == f"workdirs/{cfg.name}"
-    for one in [cfg.model] + [row.model for row in cfg.study.rows if row.model is not None]:
+    models = [row.model for row in (*cfg.study.rows, *cfg.sharding_study.rows) if row.model is not None]
+    assert cfg.model.layers or cfg.checkpoint.path or models
+    for one in models + ([cfg.model] if cfg.model.layers else []):
         leaves = jax.tree.leaves(spec.abstract(model.param_specs(one)))
         assert leaves
         assert sum(leaf.size for leaf in leaves) == spec.count(model.param_specs(one))
@@ -97,8 +99,8 @@ def test_rows_convert_smollm2(name, small_smollm2):
     got = jax.tree.map(lambda a: a.shape, done.params)
     assert got == spec.map_specs(lambda s: s.shape, model.param_specs(done.model))
     smaller = spec.count(model.param_specs(done.model)) < spec.count(model.param_specs(cfg))
-    assert smaller == any(step.kind != "window" for step in row.convert)
-    validate_cache(done.model, row.cache)
+    assert smaller == any(step.tag != "window" for step in row.convert)
+    gate(done.model, row.cache)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

@@ -153,19 +153,8 @@ def test_until_ends_at_the_width_of_out():
     assert rows_of(state) == [want[0], want[1][:3], want[2]]
 
 
-@pytest.fixture
-def truncate(monkeypatch):
-    """cache.truncate for full caches, where the library has none yet."""
-
-    def lower(caches, length):
-        return tuple(c if c is None else c.replace(length=jnp.minimum(c.length, length)) for c in caches)
-
-    if not hasattr(cache, "truncate"):
-        monkeypatch.setattr(cache, "truncate", lower, raising=False)
-
-
 @pytest.mark.parametrize("fields", DRAWS, ids=["greedy", "sampled"])
-def test_rewound_rows_draw_the_same_tokens_again(truncate, fields):
+def test_rewound_rows_draw_the_same_tokens_again(fields):
     """Ten tokens, back to a different count in each row (one beyond what the row has), on by different counts."""
     want = generate("gqa", PROMPTS, **fields).tokens
     state, advance = started(**fields)
@@ -180,7 +169,7 @@ def test_rewound_rows_draw_the_same_tokens_again(truncate, fields):
     assert rows_of(advance(state, 11)) == want
 
 
-def test_a_row_that_ended_goes_on_from_before_its_end(truncate):
+def test_a_row_that_ended_goes_on_from_before_its_end():
     """Rows 0 and 1 have ended. Taken back to its end token a row is still done; taken back before it, a row draws up to
     that token again."""
     free = generate("gqa", PROMPTS).tokens

@@ -11,7 +11,7 @@ import pytest
 from kvattn import model
 from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 from tests.helpers.sharded_cases import MODELS, SLOTS, TOKENS, case, filled, mesh_of, store
 from tests.helpers.tolerances import F32_SHARDED, close
 
@@ -125,7 +125,7 @@ def check_handover(name, prefill, decode, overlaps, batch=8, shape=(2, 2, 2), sc
     check_replicas((logits, caches))
     if scan:
         caches = model.unstack_caches(caches, cfg)
-    elif layouts.parse(prefill).kv == layouts.parse(decode).kv:
+    elif torus_layouts.parse(prefill).kv == torus_layouts.parse(decode).kv:
         for got, wanted in zip(jax.tree.leaves(caches), jax.tree.leaves(after[3]), strict=True):
             assert got.sharding.is_equivalent_to(wanted.sharding, got.ndim)
     same_caches(caches, filled(name, batch)[0])

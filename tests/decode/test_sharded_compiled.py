@@ -4,17 +4,15 @@ Every layer is alike and compiled on its own, so four say what 118 do, in second
 `python -m experiments.sharding_study --config=configs/sharding_palm540b.py`.
 """
 
-import dataclasses
-
 import pytest
 
 from configs.sizes import size
 from experiments.sharding_study import program as program_lib
 from kvattn import plan
-from kvattn.config import CacheConfig
+from kvattn.config import CacheConfig, plain
 from sharding import cost
 from sharding.compiler import aot
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 
 SLICE, MESH, CHIPS = "v4:4x4x4", (4, 4, 4), 64
 CACHE = CacheConfig(dtype="bfloat16")
@@ -34,7 +32,7 @@ def _expected(cfg, phase, weights, layout, batch, tokens):
     work = plan.workload(full, CACHE, weights=weights)
     predicted = cost.predict(
         work,
-        layouts.parse(layout),
+        torus_layouts.parse(layout),
         dict(zip("xyz", MESH, strict=True)),
         "v4",
         phase=phase,
@@ -46,13 +44,7 @@ def _expected(cfg, phase, weights, layout, batch, tokens):
 
 
 def _job(cfg, **rest):
-    return {
-        "model": dataclasses.asdict(cfg),
-        "cache": dataclasses.asdict(CACHE),
-        "layout": LAYOUT,
-        "batch": BATCH,
-        "context": CONTEXT,
-    } | rest
+    return {"model": plain(cfg), "cache": plain(CACHE), "layout": LAYOUT, "batch": BATCH, "context": CONTEXT} | rest
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
@@ -67,7 +59,7 @@ def test_a_decode_step_is_near_its_floor_and_the_doctor_names_nothing(compiler, 
     assert [str(f) for f in step.findings if f.severity == "warning"] == []
     ratio = sum(step.cycles.values()) / sum(floor.cycles.values())
     assert 1 < ratio <= TIMES_FLOOR, f"{ratio:.3f} times the floor"
-    caches = BATCH * CONTEXT * 2 * CFG.head_dim * 2 * CFG.n_layers // CHIPS
+    caches = BATCH * CONTEXT * 2 * CFG.attention(0).head_dim * 2 * CFG.n_layers // CHIPS
     assert caches <= step.memory.aliased < 1.01 * caches
     counted = {(c.op, c.axes): c.bytes for c in step.collectives}
     assert counted, "the program must have collectives"

@@ -57,7 +57,8 @@ from kvattn import config as c
 
 def get_config(which=""):
     rows = (c.VariantConfig("base"), c.VariantConfig("mqa", (c.Conversion.of("gqa", k_heads=1),)))
-    return c.to_config_dict(c.Experiment(name="x" + which, study=c.StudyConfig(rows=rows),
+    model = c.ModelConfig(layers=(c.Layer(c.Attention.of("heads")),))
+    return c.to_config_dict(c.Experiment(name="x" + which, model=model, study=c.StudyConfig(rows=rows),
                                          convert=(c.Conversion.of("gqa", k_heads=1),)))
 """
 
@@ -128,13 +129,13 @@ def test_bad_flag_is_one_line_from_a_real_process(folder):
 
 
 def test_print_config_can_be_pasted_back(folder):
-    done = command(folder, "--config.steps=7", "--config.model.masks[0].window=9", "--print_config")
+    done = command(folder, "--config.steps=7", "--config.model.layers[0].mask.window=9", "--print_config")
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert "--config.train.steps=7" in lines
-    assert "--config.model.masks[0].window=9" in lines
+    assert "--config.model.layers[0].mask.window=9" in lines
     assert "--config.study.rows[1].convert[0].kind=gqa" in lines
-    want = parse(folder, "--config.steps=7", "--config.model.masks[0].window=9")
+    want = parse(folder, "--config.steps=7", "--config.model.layers[0].mask.window=9")
     assert parse(folder, *[line.replace("'", "") for line in lines]) == want
 
 
@@ -207,11 +208,11 @@ def test_missing_config_lists_what_there_is():
 
 
 def test_overrides_reach_every_kind_of_field(folder):
-    args = ["--config.model.masks[0].window=4", "--config.convert[0].method=first", "--config.steps", "-1"]
+    args = ["--config.model.layers[0].mask.window=4", "--config.convert[0].method=first", "--config.steps", "-1"]
     args += ["--noconfig.model.tied_embeddings", "--config.optimizer.learning_rate=1", "--config.data.paths=a*.txt,b"]
     args += ["--config.eval.needle_depths=(0.5,)", "--config.decode.prompt=", "--config.model.kv_source=0,0"]
     cfg = parse(folder, *args)
-    assert cfg.model.masks[0].window == 4
+    assert cfg.model.layers[0].mask.window == 4
     assert cfg.convert[0].method == "first"
     assert cfg.train.steps == config.TrainConfig().steps
     assert cfg.model.tied_embeddings is False

@@ -23,17 +23,19 @@ from experiments.sharding_study import run as sharding_study
 from kvattn import config as c
 from kvattn import int8_weights as weights
 from kvattn import plan
+from kvattn.attention.heads import heads_model
+from kvattn.config import plain
 from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
 from sharding import ShardingError, cost
 from sharding.compiler.aot import Compiler
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 from tests.helpers.paths import ROOT
 from tests.helpers.tolerances import CLOSED_FORM, close
 
 BF16 = c.CacheConfig(dtype="bfloat16")
 # 8 chips: W 1000 -> 1024, N 6 -> 8.
-MQA = c.ModelConfig(
+MQA = heads_model(
     vocab_size=1000,
     d_model=256,
     n_layers=2,
@@ -46,7 +48,7 @@ MQA = c.ModelConfig(
     residual="parallel_palm",
     norm="layernorm",
 )
-GQA = dataclasses.replace(MQA, n_k_heads=3, n_v_heads=3, residual="serial", norm="rmsnorm")
+GQA = MQA.replace(n_k_heads=3, n_v_heads=3, residual="serial", norm="rmsnorm")
 LAYOUTS = ("ws_2d/by_batch:xyz", "ws_1d/replicated", "wg_xyz/by_batch:xyz")
 
 
@@ -88,12 +90,12 @@ def test_predicted_is_the_cost_model_of_the_padded_model(done):
     cfg, records = done
     rows = of(records, "predicted")
     assert [r["rank"] for r in rows] == [0, 1, 2] and {r["layout"] for r in rows} == set(LAYOUTS)
-    padded = dataclasses.replace(MQA, vocab_size=1024, n_heads=8)
+    padded = MQA.replace(vocab_size=1024, n_heads=8)
     work = plan.workload(padded, BF16)
     for r in rows:
         assert r["padded"] == ["W 1000 -> 1024", "N 6 -> 8"] and r["mesh"] == [2, 2, 2] and not r["reason"]
         p = cost.predict(
-            work, layouts.parse(r["layout"]), (2, 2, 2), "v4", phase="decode", batch=16, tokens=1, context=128
+            work, torus_layouts.parse(r["layout"]), (2, 2, 2), "v4", phase="decode", batch=16, tokens=1, context=128
         )
         assert r["seconds"] == {name: p.step_seconds(name) for name in cost.OVERLAPS}
         assert sum(r["memory_bytes"].values()) == p.memory_bytes
@@ -311,7 +313,7 @@ def test_bad_questions_are_one_sentence(tmp_path, changes, message):
         ({"timeout": 0.0}, "sharding_study.timeout"),
         ({"rows": (c.VariantConfig("a"), c.VariantConfig("a"))}, "'a' twice"),
         ({"rows": (c.VariantConfig("a", (c.Conversion.of("cla", factor=2),)),)}, "has convert"),
-        ({"rows": (c.VariantConfig("a", model=dataclasses.replace(MQA, n_k_heads=4)),)}, "model.n_k_heads"),
+        ({"rows": (c.VariantConfig("a", model=MQA.replace(n_k_heads=4)),)}, "model.n_k_heads"),
         ({"cells": (c.ShardingCellConfig(tokens=4096),)}, "cells[0].tokens"),
     ],
 )
@@ -364,19 +366,19 @@ def test_command(tmp_path, flags, code, message):
 
 def test_padding_is_the_papers_and_says_so():
     cfg, notes = program_lib.padded(size("palm-540b"), 64)
-    assert (cfg.vocab_size, cfg.n_heads) == (262144, 64) and notes == ("W 256128 -> 262144", "N 48 -> 64")
+    assert (cfg.vocab_size, cfg.attention(0).n_heads) == (262144, 64) and notes == ("W 256128 -> 262144", "N 48 -> 64")
     same, notes = program_lib.padded(size("smollm2-1.7b"), 8)
     assert same == size("smollm2-1.7b") and notes == ()
     cfg, notes = program_lib.padded(GQA, 8)  # a new query head would need a K/V group
-    assert cfg.n_heads == 6 and notes == ("W 1000 -> 1024",)
+    assert cfg.attention(0).n_heads == 6 and notes == ("W 1000 -> 1024",)
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_cuts_are_small_legal_and_keep_the_variant(name):
     cfg = SIZES[name]
     job = {
-        "model": dataclasses.asdict(cfg),
-        "cache": dataclasses.asdict(BF16),
+        "model": plain(cfg),
+        "cache": plain(BF16),
         "layout": "ws_2d/by_batch:xyz",
         "phase": "decode",
         "batch": 512,
@@ -388,10 +390,11 @@ def test_cuts_are_small_legal_and_keep_the_variant(name):
     }
     small, mesh = cut_lib.cut(json.loads(json.dumps(job)))
     got = c.from_config_dict(small["model"], c.ModelConfig)
-    assert mesh == (2, 2, 2) and small["batch"] == 16 and got.n_heads % 8 == 0
+    assert mesh == (2, 2, 2) and small["batch"] == 16 and got.attention(0).n_heads % 8 == 0
+    mine, whole = got.attention(0), cfg.attention(0)
     for one in ("n_k_heads", "n_v_heads"):
-        assert (getattr(got, one) == 1) == (getattr(cfg, one) == 1)
-        assert (getattr(got, one) == got.n_heads) == (getattr(cfg, one) == cfg.n_heads)
+        assert (getattr(mine, one) == 1) == (getattr(whole, one) == 1)
+        assert (getattr(mine, one) == mine.n_heads) == (getattr(whole, one) == whole.n_heads)
     assert (got.owners != tuple(range(got.n_layers))) == (cfg.owners != tuple(range(cfg.n_layers)))
     assert (got.mlp, got.residual, got.norm, got.tied_embeddings) == (
         cfg.mlp,
@@ -407,8 +410,8 @@ def test_cuts_are_small_legal_and_keep_the_variant(name):
 )
 def test_cut_meshes_have_at_most_eight_devices_and_no_new_axis(mesh, want):
     job = {
-        "model": dataclasses.asdict(MQA),
-        "cache": dataclasses.asdict(BF16),
+        "model": plain(MQA),
+        "cache": plain(BF16),
         "layout": "ws_1d/replicated",
         "phase": "decode",
         "batch": 3,
@@ -422,10 +425,10 @@ def test_cut_meshes_have_at_most_eight_devices_and_no_new_axis(mesh, want):
 
 def test_the_cut_that_runs_wrong_shows(monkeypatch):
     """The error of a measurement is that of the sharded program: a wrong program does not pass for a right one."""
-    model = dataclasses.asdict(dataclasses.replace(MQA, n_layers=1))
+    model = plain(dataclasses.replace(MQA, n_layers=1))
     job = {
         "model": model,
-        "cache": dataclasses.asdict(BF16),
+        "cache": plain(BF16),
         "layout": LAYOUTS[0],
         "batch": 16,
         "phase": "decode",
@@ -458,10 +461,10 @@ def test_a_cut_that_fails_is_an_answer(monkeypatch):
 
 @pytest.mark.parametrize("model, layout", [(MQA, LAYOUTS[2]), (GQA, "ws_2d/by_head:z+by_batch:xy")])
 def test_the_cut_of_a_prefill_equals_the_unsharded_model(model, layout):
-    model = dataclasses.replace(model, n_layers=3, n_k_heads=2 * (model is GQA) or 1, n_v_heads=2 * (model is GQA) or 1)
+    model = model.replace(n_layers=3, n_k_heads=2 * (model is GQA) or 1, n_v_heads=2 * (model is GQA) or 1)
     job = {
-        "model": dataclasses.asdict(model),
-        "cache": dataclasses.asdict(BF16),
+        "model": plain(model),
+        "cache": plain(BF16),
         "layout": layout,
         "batch": 16,
         "phase": "prefill",
@@ -494,7 +497,7 @@ def test_context_lines_end_where_memory_does():
         last, over = (
             cost.predict(
                 work,
-                layouts.parse(f"ws_2d/{name}"),
+                torus_layouts.parse(f"ws_2d/{name}"),
                 (2, 2, 2),
                 "v4",
                 phase="decode",

@@ -205,8 +205,8 @@ def test_other_step_counts_extend_a_study(text, tmp_path, checkpoint, monkeypatc
 
 def test_rows_from_scratch_are_trained_on_equal_tokens(text, tmp_path):
     rows = (
-        c.VariantConfig("mha", model=dataclasses.replace(MODEL, n_k_heads=6, n_v_heads=6)),
-        c.VariantConfig("mqa", model=dataclasses.replace(MODEL, n_k_heads=1, n_v_heads=1)),
+        c.VariantConfig("mha", model=MODEL.replace(n_k_heads=6, n_v_heads=6)),
+        c.VariantConfig("mqa", model=MODEL.replace(n_k_heads=1, n_v_heads=1)),
     )
     cfg = experiment(
         text,

@@ -154,7 +154,14 @@ def loop_state(caches, batch: int):
     from kvattn.decode import sampling
 
     row = jnp.zeros((batch,), jnp.int32)
-    state = decode.State(row, row, jnp.int32(1), jnp.zeros((batch, 16), jnp.int32), caches)
+    state = decode.State(
+        token=row,
+        position=row,
+        step=jnp.ones((batch,), jnp.int32),
+        done=jnp.zeros((batch,), bool),
+        out=jnp.zeros((batch, 16), jnp.int32),
+        caches=caches,
+    )
     return state, sampling.create(DecodeConfig(), batch)
 
 
@@ -162,17 +169,19 @@ def splash_gradient(mesh, *, model: dict, length: int):
     """Value and gradients of `kvattn.attention.flash.splash`, one sequence a chip."""
     from kvattn import config
     from kvattn.attention import flash, target
-    from kvattn.attention.dispatch import Operand
+    from kvattn.attention.operand import Operand
     from kvattn.masks import Tokens
+    from pallas_kernels import Leaf
 
     cfg = config.from_config_dict(model, config.ModelConfig)
-    n, k, h, v = cfg.n_heads, cfg.n_k_heads, cfg.head_dim, cfg.v_head_dim
+    shape = cfg.attention(0).softmax(cfg)
+    n, k, h, v = shape.heads, shape.k_heads, shape.key_dim, shape.value_dim
     shapes = [(mesh.size, length, n, h), (mesh.size, k, length, h), (mesh.size, k, length, v)]
 
     def one(q, k, v):
         tokens = Tokens(jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], q.shape[:2]))
         with target.of("tpu"):
-            out = flash.splash(cfg, 0, q, tokens, Operand(k, v, None, tokens))
+            out = flash.splash(tokens, Operand(q, Leaf(k), Leaf(v), shape.scale, shape.cap), cfg.mask(0))
         return out.astype(jnp.float32).sum()
 
     def body(*arrays):

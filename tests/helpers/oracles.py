@@ -1,5 +1,6 @@
 """Float64 NumPy oracles: explicit loops over positions and heads, written from the equations, not from the code."""
 
+import functools
 import math
 
 import numpy as np
@@ -75,17 +76,21 @@ def rotate(vector, rope, position):
 
 def visible(mask, q, k) -> bool:
     """May a query at position q see a key at position k?"""
-    return k <= q and (not mask.window or q - k < mask.window or k < mask.sinks)
+    return mask.kind == "full" or k <= q and (not mask.window or q - k < mask.window or k < mask.sinks)
 
 
-def attention(q, k, v, mask, scale, cap, segments):
-    """q[T,N,H], k[T,K,H], v[T,M,V] -> [T,N,V], one score at a time."""
+def attention(q, k, v, mask, scale, cap, segments, seen_by=None):
+    """q[T,N,H], k[S,K,H], v[S,M,V] -> [T,N,V], one score at a time. seen_by(key head, t, s): in place of the mask and
+    the segments."""
     length, n, _ = q.shape
     out = np.zeros((length, n, v.shape[-1]))
     for t in range(length):
         for head in range(n):
             kh, vh = head // (n // k.shape[1]), head // (n // v.shape[1])
-            seen = [s for s in range(length) if visible(mask, t, s) and segments[s] == segments[t]]
+            if seen_by is None:
+                seen = [s for s in range(length) if visible(mask, t, s) and segments[s] == segments[t]]
+            else:
+                seen = [s for s in range(len(k)) if seen_by(kh, t, s)]
             scores = [float(q[t, head] @ k[s, kh]) * scale for s in seen]
             if cap:
                 scores = [cap * math.tanh(s / cap) for s in scores]
@@ -129,10 +134,14 @@ def _mlp(p, cfg, x):
     return hidden @ p["down"] + p.get("down_bias", 0)
 
 
-def _project(p, cfg, layer, h, h_kv, kv, positions):
+def _project(p, cfg, layer, h, h_kv, kv, positions, k_positions=None):
     """(q, (k, v)) of one layer; (k, v) come from the owner when the layer owns none."""
+    k_positions = positions if k_positions is None else k_positions
     rope, heads = cfg.rope(layer), cfg.attention(layer)
-    turn = lambda x: np.stack([[rotate(vec, rope, p_) for vec in row] for row, p_ in zip(x, positions, strict=True)])  # noqa: E731
+
+    def turn(x, at=positions):
+        return np.stack([[rotate(vec, rope, p_) for vec in row] for row, p_ in zip(x, at, strict=True)])
+
     q = np.einsum("td,dnh->tnh", h, p["q"]) + p.get("q_bias", 0)
     if heads.qk_norm != "none":
         q = _heads_norm(p["q_norm"]["scale"], cfg, q)
@@ -142,11 +151,15 @@ def _project(p, cfg, layer, h, h_kv, kv, positions):
     if heads.qk_norm != "none":
         k = _heads_norm(p["k_norm"]["scale"], cfg, k)
     v = k if heads.tied_kv else np.einsum("td,dmv->tmv", h_kv, p["v"]) + p.get("v_bias", 0)
-    return turn(q), (turn(k), v)
+    return turn(q), (turn(k, k_positions), v)
 
 
-def logits(params, cfg: ModelConfig, tokens, segments=None, positions=None):
-    """Logits [T,W] of one row of tokens [T]."""
+def logits(
+    params, cfg: ModelConfig, tokens, segments=None, positions=None, *, seen_by=None, memory=None, families=None
+):
+    """Logits [T,W] of one row of tokens [T]. seen_by(layer, key head, t, s): what is seen, in place of masks and
+    segments; memory[S,D]: what an encoder left, all of it real; families: tag -> the attention of a family that is not
+    plain heads, f(p, cfg, layer, h, h_kv, what the owner left, positions) -> (output, what the owner left)."""
     p = numpy_tree(params)
     length = len(tokens)
     segments = np.zeros(length, int) if segments is None else segments
@@ -156,11 +169,21 @@ def logits(params, cfg: ModelConfig, tokens, segments=None, positions=None):
     for layer, block in enumerate(p["layers"]):
         owner, heads = cfg.sources[layer], cfg.attention(layer)
         h = norm(block["attn_norm"], cfg, x) if "attn_norm" in block else x
-        h_kv = norm(block["kv_norm"], cfg, x) if "kv_norm" in block else h
-        q, shared[owner] = _project(block["attn"], cfg, layer, h, h_kv, shared.get(owner), positions)
-        scale = heads.attn_scale or 1 / math.sqrt(heads.head_dim)
-        context = attention(q, *shared[owner], cfg.mask(layer), scale, heads.attn_soft_cap, segments)
-        attended = np.einsum("tnv,nvd->td", context, block["attn"]["o"]) + block["attn"].get("o_bias", 0)
+        h_kv, at, seen = norm(block["kv_norm"], cfg, x) if "kv_norm" in block else h, positions, None
+        if cfg.layer(layer).reads == "memory":
+            h_kv, at, seen = memory, range(len(memory)), lambda kh, t, s: True
+        elif seen_by is not None:
+            seen = functools.partial(seen_by, layer)
+        attended = 0.0
+        if families and heads.tag in families:
+            attended, shared[owner] = families[heads.tag](
+                block["attn"], cfg, layer, h, h_kv, shared.get(owner), positions
+            )
+        elif "attn" in block:
+            q, shared[owner] = _project(block["attn"], cfg, layer, h, h_kv, shared.get(owner), positions, at)
+            scale = heads.attn_scale or 1 / math.sqrt(heads.head_dim)
+            context = attention(q, *shared[owner], cfg.mask(layer), scale, heads.attn_soft_cap, segments, seen)
+            attended = np.einsum("tnv,nvd->td", context, block["attn"]["o"]) + block["attn"].get("o_bias", 0)
         if "attn_post_norm" in block:
             attended = norm(block["attn_post_norm"], cfg, attended)
         if cfg.residual == "serial":

@@ -25,6 +25,9 @@ F32_GRAD = Tolerance(1e-4, 1e-3, "float32 gradients: two passes, reductions over
 F32_SHARDED = Tolerance(1e-4, 1e-4, "the same float32 sums split over 8 devices and reduced in another order")
 LOSS_SHARDED = Tolerance(2e-5, 2e-5, "a mean over hundreds of float32 tokens, several optimizer steps in")
 BF16_CACHE = Tolerance(5e-2, 5e-2, "K and V rounded to bfloat16 (8 bits) at unit scale, a few layers deep")
+F16_CACHE = Tolerance(
+    1e-2, 1e-2, "K and V less their mean rounded to float16 (11 bits) at unit scale, a few layers deep"
+)
 CODES_STEP = Tolerance(0.0, 5e-3, "relative RMS: float32 noise moves a value over a rounding edge")
 INT8_CACHE = Tolerance(0.0, 5e-2, "relative RMS of logits, random weights: K and V within 1/254 of a token's largest")
 FP8_CACHE = Tolerance(0.0, 2e-1, "relative RMS of logits: K and V in 3 bits of mantissa, random weights")

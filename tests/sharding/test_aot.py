@@ -14,6 +14,7 @@ from sharding import ShardingError
 from sharding.compiler import topology
 from sharding.compiler.aot import CompiledReport, CompileFailure, Compiler, compile_job
 from sharding.compiler.doctor import Expectations
+from sharding.cost import slices
 from sharding.cost.hardware import CHIPS
 from tests.helpers.tolerances import AOT_CLOCK, AOT_LOOP, close
 
@@ -51,10 +52,10 @@ def sums(answer) -> dict:
     ],
 )
 def test_slices(name, chips, devices):
-    found = topology.parse_slice(name)
+    found = topology.tpu_slice(name)
     assert (found.name, found.chips, found.devices) == (name, chips, devices)
-    assert found.chip is CHIPS[name.partition(":")[0]]
-    assert math.prod(topology.default_mesh(devices)) == devices
+    assert found.row is CHIPS[name.partition(":")[0]] and found.is_tpu
+    assert math.prod(slices.default_mesh(devices)) == devices
 
 
 @pytest.mark.parametrize(
@@ -73,16 +74,14 @@ def test_slices(name, chips, devices):
 )
 def test_bad_slices(name, message):
     with pytest.raises(ShardingError, match=message) as caught:
-        topology.parse_slice(name)
+        topology.tpu_slice(name)
     assert "v4:4x4x4" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_default_meshes_are_the_papers():
     papers = {8: (2, 2, 2), 16: (2, 4, 2), 32: (4, 2, 4), 64: (4, 4, 4), 128: (8, 4, 4), 256: (4, 8, 8), 512: (8, 8, 8)}
-    assert {n: topology.default_mesh(n) for n in papers} == papers
-    assert math.prod(topology.default_mesh(4096)) == 4096
-    with pytest.raises(ShardingError, match="no default mesh for 12"):
-        topology.default_mesh(12)
+    assert {n: slices.default_mesh(n) for n in papers} == papers
+    assert slices.default_mesh(4096) == (16, 16, 16)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ import jax
 import pytest
 
 from kvattn import plan
+from kvattn.attention.heads import heads_model
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
 from kvattn.decode import partitioned as sharded
 from sharding import cost
 from sharding.cost import traffic
-from sharding.layout import layouts
+from sharding.layout import torus_layouts
 from tests.helpers.tolerances import CLOSED_FORM, close
 
 BF16 = CacheConfig(dtype="bfloat16")
@@ -34,7 +35,7 @@ BATCH, CONTEXT = 16, 24
 
 def config(kv_heads: int, residual: str, **changes) -> ModelConfig:
     """Every dim divisible by the 8 chips, else pairwise different."""
-    return ModelConfig(
+    return heads_model(
         vocab_size=8 * 23,
         d_model=8 * 10,
         n_layers=3,
@@ -89,7 +90,8 @@ def repeated(cfg: ModelConfig, work: cost.Workload, p: cost.Prediction, phase: s
     table = sharded.rules_for(cfg, p.layout, jax.make_mesh(tuple(p.mesh.values()), ("x", "y", "z")), BATCH)
     rows, extra = p.tokens, 0.0
     for layer in work.layers:
-        for one, elements in (("k", layer.k), ("v", layer.v)):
+        for weight in (w for w in layer.weights if w.reads and w.heads in ("k_heads", "v_heads")):
+            one, elements = weight.heads[0], weight.size
             gone = table["act_batch"]
             heads = tuple(a for a in table[f"{one}_heads"] if a not in gone)
             split = math.prod(p.mesh[a] for a in {*gone, *heads, *table["act_embed"]})
@@ -103,7 +105,9 @@ def check(cfg: ModelConfig, layout: str, phase: str, shape=(2, 2, 2), cache=BF16
     wire, flops = traced(sharded.build(cfg, cache, layout, mesh, phase=phase, batch=BATCH, context=CONTEXT))
     work = plan.workload(cfg, cache)
     tokens = 1 if phase == "decode" else CONTEXT
-    p = cost.predict(work, layouts.parse(layout), shape, "v4", phase=phase, batch=BATCH, tokens=tokens, context=CONTEXT)
+    p = cost.predict(
+        work, torus_layouts.parse(layout), shape, "v4", phase=phase, batch=BATCH, tokens=tokens, context=CONTEXT
+    )
     want: dict = collections.Counter()
     for c in p.collectives:
         want[c.kind, DTYPES[c.dtype]] += c.wire
@@ -118,13 +122,13 @@ DECODE = ["replicated", "by_batch:xyz", "by_batch:z", "by_batch:yz", "by_seq:xyz
 
 
 @pytest.mark.parametrize("kv", DECODE)
-@pytest.mark.parametrize("ffn", layouts.FFN_LAYOUTS)
+@pytest.mark.parametrize("ffn", torus_layouts.FFN_LAYOUTS)
 def test_decode_of_multi_query_attention(ffn, kv):
     check(config(1, "parallel_palm", norm="layernorm"), f"{ffn}/{kv}", "decode")
 
 
 @pytest.mark.parametrize("kv", ["by_head:z+by_batch:xy", "by_head:yz", "by_head:z+by_seq:xy", "by_batch:xyz"])
-@pytest.mark.parametrize("ffn", layouts.FFN_LAYOUTS)
+@pytest.mark.parametrize("ffn", torus_layouts.FFN_LAYOUTS)
 def test_decode_of_grouped_query_attention(ffn, kv):
     check(config(4, "serial"), f"{ffn}/{kv}", "decode")
 
@@ -172,7 +176,7 @@ def test_variants(name, changes, cache):
 def test_purposes_add_up():
     work = plan.workload(config(1, "serial"), BF16)
     p = cost.predict(
-        work, layouts.parse("ws_2d/by_batch:xyz"), (2, 2, 2), "v4", phase="decode", batch=16, tokens=1, context=24
+        work, torus_layouts.parse("ws_2d/by_batch:xyz"), (2, 2, 2), "v4", phase="decode", batch=16, tokens=1, context=24
     )
     by_kind = sum(c.wire * p.element_bytes[c.dtype] for c in p.collectives)
     close(sum(p.interconnect_bytes.values()), by_kind, CLOSED_FORM)

@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from sharding import ShardingError
-from sharding.layout import layouts
-from sharding.layout.layouts import AXES, FFN_LAYOUTS, Layout
+from sharding.layout import torus_layouts
+from sharding.layout.torus_layouts import AXES, FFN_LAYOUTS, Layout
 
 MESH = {"x": 2, "y": 2, "z": 2}
 GQA = {"embed": 48, "mlp": 40, "vocab": 64, "q_heads": 8, "k_heads": 4, "v_heads": 4, "batch": 8, "slots": 16}
@@ -26,7 +26,7 @@ ALL = tuple(every_layout())
 
 
 def table(text, dims=GQA, mesh=MESH):
-    return layouts.rules(layouts.parse(text), mesh, dims)
+    return torus_layouts.rules(torus_layouts.parse(text), mesh, dims)
 
 
 # --- names -------------------------------------------------------------------------------------------------
@@ -35,14 +35,14 @@ def table(text, dims=GQA, mesh=MESH):
 def test_parse_is_the_inverse_of_name():
     assert len(ALL) == len({one.name for one in ALL}) == 5 * 4**3
     for one in ALL:
-        assert layouts.parse(one.name) == one
+        assert torus_layouts.parse(one.name) == one
 
 
 def test_parse_reads_axes_in_any_order_and_none_as_all():
-    assert layouts.parse("ws_2d") == layouts.parse("ws_2d/replicated") == Layout("ws_2d")
-    assert layouts.parse("wg_x/by_seq") == Layout("wg_x", kv_seq=("z", "y", "x"))
-    assert layouts.parse("wg_x/by_batch:zx").kv_batch == ("x", "z")
-    got = layouts.parse("ws_1d/by_batch:yx+by_head:z")
+    assert torus_layouts.parse("ws_2d") == torus_layouts.parse("ws_2d/replicated") == Layout("ws_2d")
+    assert torus_layouts.parse("wg_x/by_seq") == Layout("wg_x", kv_seq=("z", "y", "x"))
+    assert torus_layouts.parse("wg_x/by_batch:zx").kv_batch == ("x", "z")
+    got = torus_layouts.parse("ws_1d/by_batch:yx+by_head:z")
     assert got == Layout("ws_1d", ("z",), ("x", "y")) and got.name == "ws_1d/by_head:z+by_batch:xy"
 
 
@@ -61,7 +61,7 @@ def test_parse_reads_axes_in_any_order_and_none_as_all():
 )
 def test_a_name_that_is_none_is_one_sentence(text, message):
     with pytest.raises(ShardingError, match=message) as caught:
-        layouts.parse(text)
+        torus_layouts.parse(text)
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
@@ -114,7 +114,7 @@ def test_legal_and_illegal_layouts_are_all_layouts(dims, heads, count):
     legal, illegal = set(), set()
     for one in ALL:
         try:
-            layouts.rules(one, MESH, dims)
+            torus_layouts.rules(one, MESH, dims)
             legal.add(one)
         except ShardingError as error:
             assert "heads" in str(error)
@@ -126,7 +126,7 @@ def test_legal_and_illegal_layouts_are_all_layouts(dims, heads, count):
 
 # --- the tables ----------------------------------------------------------------------------------------------
 
-NEVER = "layers norm head_dim value_dim act_length act_head_dim cache_dim".split()
+NEVER = "layers norm head_dim value_dim latent act_length act_head_dim cache_dim".split()
 
 # Of each layout, the rows that split something. Weights: E_x F_yz in 2D and weight-gathered, E F_xyz in 1D; the
 # batch of activations follows the gathered axes; D between blocks keeps z for the batch where that divides.
@@ -252,7 +252,7 @@ def test_no_table_puts_two_dims_of_an_array_on_one_axis():
     ]
     for one, dims in itertools.product(ALL, (MQA, GQA, MHA)):
         try:
-            got = layouts.rules(one, MESH, dims)
+            got = torus_layouts.rules(one, MESH, dims)
         except ShardingError:
             continue
         for names in arrays:

@@ -1,7 +1,5 @@
 """Rule tables: golden specs, every mistake raises, and sharded programs equal unsharded ones on 8 devices."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,7 +130,7 @@ def test_sharded_decode_equals_unsharded():
 
 
 def test_replicated_kv_table_serves_fewer_heads_than_shards():
-    mqa = dataclasses.replace(CFG, n_k_heads=1, n_v_heads=1)
+    mqa = CFG.replace(n_k_heads=1, n_v_heads=1)
     with pytest.raises(ShardingError, match="k_heads is 1"):
         sharding.named(model.param_specs(mqa), _mesh(), RULES["fsdp_tp"])
     placed = sharding.named(model.param_specs(mqa), _mesh(), RULES["fsdp_tp_kv_replicated"])

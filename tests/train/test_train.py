@@ -21,7 +21,7 @@ from tests.helpers.tolerances import BF16_MODEL, EXACT, F32_GRAD, F32_OP, LOSS_S
 
 T = 11
 STUDENT = tiny.config(n_layers=2, d_model=24, d_ff=38, n_heads=4, n_k_heads=2, n_v_heads=2, vocab_size=62)
-TEACHER = dataclasses.replace(STUDENT, n_k_heads=4, n_v_heads=4)
+TEACHER = STUDENT.replace(n_k_heads=4, n_v_heads=4)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
 DISTIL = DistillConfig(lm_weight=0.6, logit_kl=0.5, attention_mse=0.7, temperature=2.5)
 TRAIN = TrainConfig(z_loss=1e-2, distill=DISTIL)
@@ -172,7 +172,7 @@ def test_sharded_equals_unsharded(mesh, reference, student, teacher):
 
 
 def test_mqa_keeps_its_head_whole_on_a_tensor_mesh():
-    mqa = dataclasses.replace(STUDENT, n_k_heads=1, n_v_heads=1)
+    mqa = STUDENT.replace(n_k_heads=1, n_v_heads=1)
     assert layout_on(2, 2, 2).rules_name == "fsdp_tp"
     layout = layout_on(2, 2, 2, cfg=mqa)
     assert layout.rules_name == "fsdp_tp_kv_replicated"

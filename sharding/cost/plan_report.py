@@ -1,18 +1,99 @@
-"""What a plan looks like: the tables on the terminal and the rows of its JSON."""
+"""A plan: what was asked, what was tried and what fits; its tables on the terminal and the rows of its JSON."""
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+import math
+from typing import Any
 
 from rich.table import Table
 
-from kvattn.errors import UserError
-from sharding import cost
-from sharding.layout.layouts import Layout
-
-if TYPE_CHECKING:
-    from kvattn.plan import Candidate, Plan
+from sharding.cost.hardware import Chip
+from sharding.cost.prediction import OVERLAPS, Prediction
+from sharding.layout.rules import ShardingError
+from sharding.layout.torus_layouts import Layout
 
 
-def as_dict(p: "Plan", rows: int) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One layout on one mesh (X, Y, Z). `prediction` is None, and `reason` says why, where the layout cannot be;
+    a pass that is too large or too slow has both. `n_heads`: query heads, padded with zeros where need be."""
+
+    layout: Layout
+    mesh: tuple[int, int, int]
+    n_heads: int
+    prediction: Prediction | None
+    reason: str = ""
+    overlap: str = "full"
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of the pass under the plan's overlap."""
+        return self.prediction.step_seconds(self.overlap) if self.prediction else math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a plan was asked for: one pass of `batch` sequences x `tokens` tokens ending at `context`, on `chips` of
+    `chip`. `latency` in seconds, 0 = any."""
+
+    chip: Chip
+    chips: int
+    batch: int
+    context: int
+    phase: str
+    tokens: int
+    weights: str = "bfloat16"
+    kv: str = ""
+    latency: float = 0.0
+    overlap: str = "full"
+    links: str = "all"
+    pad_heads: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """`feasible`: each layout that fits, once, on its best mesh, in order of predicted time (equal to six digits: less
+    memory, then less time on the links). `candidates`: every layout on every mesh. `changes`, when nothing is
+    feasible: the smallest change of each kind that makes something fit."""
+
+    request: Request
+    n_heads: int
+    feasible: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]
+    changes: tuple[str, ...] = ()
+
+    @property
+    def infeasible(self) -> tuple[Candidate, ...]:
+        """Candidates that cannot be, or are too large or too slow; each has a reason."""
+        return tuple(c for c in self.candidates if c.reason)
+
+    @property
+    def best(self) -> Candidate:
+        """The fastest candidate. Raises ShardingError, with the nearest change, when nothing fits."""
+        if not self.feasible:
+            raise ShardingError(self.verdict().replace("No", "no", 1))
+        return self.feasible[0]
+
+    def table(self, rows: int = 12) -> Table:
+        """The first `rows` feasible candidates."""
+        return table(self, rows)
+
+    def refused(self, rows: int = 12) -> Table:
+        """Layouts that are feasible on no mesh, with a reason each."""
+        return refused(self, rows)
+
+    def verdict(self) -> str:
+        """One sentence: the best candidate, or what would fit."""
+        return verdict(self)
+
+    def as_dict(self, rows: int = 12) -> dict[str, Any]:
+        """For JSON: the request, the first rows, the changes."""
+        return as_dict(self, rows)
+
+
+# --- what it looks like --------------------------------------------------------------------------------
+
+
+def as_dict(p: Plan, rows: int) -> dict[str, Any]:
     """The request, the first `rows` feasible candidates, how many are not, and the changes."""
     _check(rows)
     asked = {f: getattr(p.request, f) for f in p.request.__dataclass_fields__ if f != "chip"}
@@ -26,17 +107,17 @@ def as_dict(p: "Plan", rows: int) -> dict[str, Any]:
 
 def _check(rows: int) -> None:
     if rows < 1:
-        raise UserError(f"rows is {rows}; it must be at least 1.")
+        raise ShardingError(f"rows is {rows}; it must be at least 1.")
 
 
-def row(c: "Candidate") -> dict[str, Any]:
+def row(c: Candidate) -> dict[str, Any]:
     """One candidate; seconds by overlap assumption, bytes per chip."""
     p = c.prediction
     return {
         "layout": c.layout.name,
         "mesh": list(c.mesh),
         "n_heads": c.n_heads,
-        "seconds": {name: p.step_seconds(name) for name in cost.OVERLAPS},
+        "seconds": {name: p.step_seconds(name) for name in OVERLAPS},
         "compute_seconds": p.compute_seconds,
         "hbm_seconds": p.hbm_seconds,
         "interconnect_seconds": p.interconnect_seconds,
@@ -48,7 +129,7 @@ def row(c: "Candidate") -> dict[str, Any]:
     }
 
 
-def table(p: "Plan", rows: int) -> Table:
+def table(p: Plan, rows: int) -> Table:
     """The first `rows` feasible candidates: times in milliseconds, memory per chip."""
     _check(rows)
     ask = p.request
@@ -84,7 +165,7 @@ def table(p: "Plan", rows: int) -> Table:
     return out
 
 
-def refused(p: "Plan", rows: int) -> Table:
+def refused(p: Plan, rows: int) -> Table:
     """Layouts that are feasible on no mesh, nearest misses first, with the reason of their nearest mesh."""
     _check(rows)
     out = Table(title="Layouts that fit on no mesh, the nearest first", title_justify="left")
@@ -92,7 +173,7 @@ def refused(p: "Plan", rows: int) -> Table:
     out.add_column("why not")
     fine = {c.layout for c in p.feasible}
     reasons: dict[Layout, str] = {}
-    for c in sorted(p.infeasible, key=_miss):
+    for c in sorted(p.infeasible, key=miss):
         if c.layout not in fine:
             reasons.setdefault(c.layout, c.reason)
     for layout, reason in list(reasons.items())[:rows]:
@@ -100,7 +181,7 @@ def refused(p: "Plan", rows: int) -> Table:
     return out
 
 
-def _miss(c: "Candidate") -> tuple:
+def miss(c: Candidate) -> tuple:
     """Sort key: too slow, then too large, then impossible."""
     if c.prediction is None:
         return 2, 0
@@ -108,7 +189,7 @@ def _miss(c: "Candidate") -> tuple:
     return (1, c.prediction.memory_bytes) if large else (0, c.seconds)
 
 
-def verdict(p: "Plan") -> str:
+def verdict(p: Plan) -> str:
     """One sentence: the best candidate, or why there is none and what would fit."""
     if not p.feasible:
         changes = f"What would fit: {', or '.join(p.changes)}." if p.changes else "No single change was found."

@@ -10,7 +10,7 @@ A layout says how the matmuls and how K and V are cut over a torus with axes x, 
 
 `rules(layout, mesh, dims)` is the table. Heads, F and W are split z first, then y, then x; D is split x, z, y and
 the batch x, y, z. So every collective of the paper adds or takes away the last axes of a dim, and layouts
-that split fewer axes hold whole blocks of those that split more. ws_2d and wg_* store weights alike
+that split fewer axes hold whole blocks of layouts that split more. ws_2d and wg_* store weights alike
 (E_x F_yz), so that prefill and decode may differ in layout over one copy of the weights; ws_1d stores F_xyz.
 """
 
@@ -26,6 +26,10 @@ EMBED_ORDER = ("x", "z", "y")
 BATCH_ORDER = ("x", "y", "z")
 FFN_LAYOUTS = ("ws_1d", "ws_2d", "wg_x", "wg_xy", "wg_xyz")
 KV_PARTS = ("by_head", "by_batch", "by_seq")
+# The logical axes that `rules` has rows for: of parameters (C is a latent's rank), and of what a cache holds.
+_UNSPLIT = ("layers", "norm", "head_dim", "value_dim", "latent")
+PARAMETER_AXES = ("embed", "q_heads", "k_heads", "v_heads", "mlp", "vocab", *_UNSPLIT)
+CACHE_AXES = ("cache_heads", "cache_dim")
 GATHERED: dict[str, tuple[str, ...]] = {
     "ws_1d": (),
     "ws_2d": (),
@@ -135,10 +139,7 @@ def rules(layout: Layout, mesh: Mapping[str, int], dims: Mapping[str, int]) -> R
         spare = tuple(a for a in reduced if a not in batch and rest % mesh[a] == 0)
         kv |= {f"{one}_heads": held[one], f"{one}_batch": batch, f"act_{one}_heads": ordered(own + spare)}
     return {
-        "layers": (),
-        "norm": (),
-        "head_dim": (),
-        "value_dim": (),
+        **dict.fromkeys(_UNSPLIT, ()),
         "act_length": (),
         "act_head_dim": (),
         "cache_dim": (),
