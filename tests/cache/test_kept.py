@@ -59,7 +59,7 @@ class PerHead(Policy, tag="test_per_head"):
 
 @dataclasses.dataclass(frozen=True)
 class Asked(Policy, tag="test_asked"):
-    """The `tokens` tokens whose keys' sum the queries of all readers weigh most, by their sum."""
+    """The `tokens` keys of each head with the largest products with the queries of its group, summed over readers."""
 
     tokens: int = 3
     queries: int = 2
@@ -73,8 +73,11 @@ class Asked(Policy, tag="test_asked"):
 
     def score(self, observed):
         real = (observed.query_positions >= 0)[..., None, None]
-        asked = sum(jnp.where(real, q, 0.0).sum((1, 2, 3)) for q in observed.queries)
-        return observed.keys.sum(3) * asked[:, None, None]
+        heads, score = observed.keys.shape[1], 0.0
+        for q in observed.queries:
+            grouped = jnp.where(real, q, 0.0).reshape(*q.shape[:2], heads, -1, q.shape[3]).sum((1, 3))
+            score += jnp.einsum("bkh,bksh->bks", grouped, observed.keys)
+        return score
 
 
 @functools.cache
@@ -202,9 +205,10 @@ def test_a_shared_cache_is_scored_by_the_queries_of_all_its_readers(name, reader
         keys = np.asarray(caches[owner].leaves["k"].values, np.float64)
         for row in range(2):
             latest = range(max(0, split[row] - 2), split[row])
-            asked = sum(np.asarray(seen["queries"][r], np.float64)[row, latest].sum() for r in cfg.readers(owner))
+            q = sum(np.asarray(seen["queries"][r], np.float64)[row, latest].sum(0) for r in cfg.readers(owner))
             for head in range(keys.shape[1]):
-                scores = keys[row, head, : split[row]].sum(-1) * asked
+                asked = q[2 * head : 2 * head + 2].sum(0)  # N = 6 over K = 3
+                scores = keys[row, head, : split[row]] @ asked
                 want = sorted(np.argsort(-scores)[:3])
                 got = np.asarray(settled[owner].address.held)[row, head]
                 assert got[got >= 0].tolist() == want
