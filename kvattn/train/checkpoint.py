@@ -335,8 +335,7 @@ def _model_of(folder: epath.Path) -> ModelConfig:
 def save_model(workdir: Any, cfg: ModelConfig, params: Any, tokenizer: Any, about: dict[str, Any]) -> None:
     """Writes a model without a run as checkpoint 0 of `workdir`, which `load_model` opens; `about` goes into its meta.
     Raises UserError: a workdir that holds a checkpoint already, or cannot be written."""
-    held = newest(workdir)
-    if held is not None:
+    if (held := newest(workdir)) is not None:
         raise UserError(f"{workdir} holds checkpoint {held.name} already; save to a new folder.")
     saver = Checkpoints(str(workdir), keep=1)
     try:

@@ -488,7 +488,7 @@ BAD = {
     "kind": ("gqq", dict(), {}, ("conversion.kind", "gqq", "cla")),
     "method": ("gqa", dict(k_heads=1, method="running"), {}, ("method", "running", "random")),
     "ignored": ("cla", dict(factor=2, window=7), {}, ("window", "cla", "factor")),
-    "ignored_method": ("window", dict(window=7, method="first"), {}, ("method", "first")),
+    "ignored_method": ("window", dict(window=7, method="first"), {}, ("method", "window", "sinks")),
     "no_heads": ("gqa", dict(), {}, ("k_heads", "0")),
     "indivisible": ("gqa", dict(k_heads=2), {}, ("k_heads", "2", "1, 3")),
     "indivisible_v": ("gqa", dict(k_heads=3, v_heads=2), {}, ("v_heads", "2")),
