@@ -72,7 +72,7 @@ def quantize(params: Any, cfg: ModelConfig) -> Any:
     """Rounds every matmul weight and embedding row to 127 steps each way of its channel's largest value; the error is
     at most half a step. Raises UserError for stacked layers."""
     if cfg.scan_layers:
-        raise UserError("model.scan_layers is True; quantize the unstacked weights (model.unstack_layers).")
+        raise UserError("model.scan_layers is True; quantize the unstacked weights (stacking.unstack_layers).")
     return jax.tree.map(_round, model.param_specs(cfg), params, is_leaf=spec.is_spec)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from kvattn import cache as caches_lib
-from kvattn import layers, masks, spec
+from kvattn import layers, masks, spec, stacking
 from kvattn.attention import Softmax, gate, segments
 from kvattn.attention.segments import Made, View, Where
 from kvattn.config import CacheConfig, ModelConfig, period
@@ -112,7 +112,7 @@ def param_specs(cfg: ModelConfig) -> dict[str, Any]:
 def init(rng: jax.Array, cfg: ModelConfig, dtype: Any = jnp.float32) -> dict[str, Any]:
     """Random parameters of the unscanned layout, stacked afterwards when cfg.scan_layers: loop and scan agree."""
     params = spec.init(rng, param_specs(unscanned(cfg)), dtype)
-    return stack_layers(params, cfg) if cfg.scan_layers else params
+    return stacking.stack_layers(params, cfg) if cfg.scan_layers else params
 
 
 def leaves(cfg: ModelConfig) -> tuple[dict[str, Any] | None, ...]:
@@ -191,7 +191,8 @@ def _check(cfg: ModelConfig, inputs: Inputs, caches: Any, collect: tuple[str, ..
         )
     if cfg.scan_layers and (collect or reads or not inputs.commit or (caches is not None and not inputs.empty)):
         raise UserError(
-            "model.scan_layers is True with filled caches or collect; use model.unstack_layers and scan_layers False."
+            "model.scan_layers is True with filled caches or collect; use stacking.unstack_layers and scan_layers "
+            "False."
         )
 
 
@@ -401,41 +402,8 @@ def unscanned(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, scan_layers=False)
 
 
-def stack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """Loop layout -> scan layout: layers[i] holds layers i, i+period, ... stacked."""
-    size = period(cfg)
-    stacked = tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"][i::size]) for i in range(size))
-    return {**params, "layers": stacked}
-
-
-def unstack_layers(params: dict[str, Any], cfg: ModelConfig) -> dict[str, Any]:
-    """Scan layout -> loop layout; the inverse of `stack_layers`."""
-    size = period(cfg)
-    return {
-        **params,
-        "layers": tuple(
-            jax.tree.map(lambda leaf, n=layer // size: leaf[n], params["layers"][layer % size])
-            for layer in range(cfg.n_layers)
-        ),
-    }
-
-
-def stack_caches(caches: Any, cfg: ModelConfig) -> Any:
-    """Caches by layer -> as a scan takes them: one entry per position in the period, leaves [L/period, ...]."""
-    size = period(cfg)
-    return tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches[i::size]) for i in range(size))
-
-
-def unstack_caches(caches: Any, cfg: ModelConfig) -> Any:
-    """The inverse of `stack_caches`."""
-    size = period(cfg)
-    return tuple(
-        jax.tree.map(lambda leaf, n=layer // size: leaf[n], caches[layer % size]) for layer in range(cfg.n_layers)
-    )
-
-
 def _scan_layers(stacked, cfg, x, this, caches):
-    """The blocks as a scan over periods. Caches (`stack_caches`) are filled, not read: a first prefill."""
+    """The blocks as a scan over periods. Caches (stacking.stack_caches) are filled, not read: a first prefill."""
     size = period(cfg)
     empty = caches if caches is not None else (None,) * size
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvattn import cache, layers, model
+from kvattn import cache, layers, model, stacking
 from kvattn.config import CacheConfig, MaskConfig, validate
 from kvattn.errors import UserError
 from kvattn.formats import huggingface
@@ -125,14 +125,14 @@ def test_scan_equals_loop(remat):
     cfg = tiny.config(residual="ladder", remat=remat)
     params, tokens = lively(cfg), jnp.asarray(tokens_of(cfg))
     scanned = dataclasses.replace(cfg, scan_layers=True)
-    stacked = model.stack_layers(params, scanned)
+    stacked = stacking.stack_layers(params, scanned)
     close(run(stacked, scanned, tokens), run(params, cfg, tokens), F32_MODEL)
 
     def loss(params, cfg):
         return jnp.square(model.forward(params, cfg, model.Inputs(tokens))[0].logits).mean()
 
     one, other = jax.grad(loss)(params, cfg), jax.grad(loss)(stacked, scanned)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(model.unstack_layers(other, scanned)), strict=True):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(stacking.unstack_layers(other, scanned)), strict=True):
         close(b, a, F32_GRAD)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvattn import config, model, spec
+from kvattn import config, model, spec, stacking
 from kvattn.config import MaskConfig
 from kvattn.errors import UserError
 from tests.helpers import oracles, tiny
@@ -132,9 +132,9 @@ def test_scan_equals_loop(name):
     cfg = tiny.CASES[name]
     scanned = dataclasses.replace(cfg, scan_layers=True)
     params, tokens = lively(cfg), tokens_of(cfg)
-    stacked = model.stack_layers(params, scanned)
+    stacked = stacking.stack_layers(params, scanned)
     close(run(stacked, scanned, tokens), run(params, cfg, tokens), F32_MODEL)
-    back = model.unstack_layers(stacked, scanned)
+    back = stacking.unstack_layers(stacked, scanned)
     jax.tree.map(lambda a, b: close(a, b, EXACT), back, params)
     shapes = jax.tree.map(lambda x: x.shape, stacked)
     assert shapes == jax.tree.map(lambda s: s.shape, spec.abstract(model.param_specs(scanned)))

@@ -19,6 +19,7 @@ from kvattn import cache as caches_lib
 from kvattn import config as config_lib
 from kvattn import int8_weights as weights_lib
 from kvattn import model as model_lib
+from kvattn import stacking
 from kvattn.attention.heads import plain_heads
 from kvattn.config import CacheConfig, MaskConfig, ModelConfig
 from kvattn.decode import partitioned as sharded
@@ -105,7 +106,7 @@ def measure_cut(arguments: dict) -> dict:
         plain, ids, at = jax.jit(lambda *a: sharded._pass(cfg, False, here, *a)), ids[:, -1:], at[:, -1:]
     want = np.asarray(plain(params, ids, at, caches)[0])
     if program_lib.scanned(cfg, small["phase"]):
-        params, caches = model_lib.stack_layers(params, cfg), model_lib.stack_caches(caches, cfg)
+        params, caches = stacking.stack_layers(params, cfg), stacking.stack_caches(caches, cfg)
     args = program_lib.like((params, ids, at, caches), made.args)
     seconds, got = program_lib.timed(made, args)
     worst = float(np.abs(np.asarray(got) - want).max() / np.abs(want).max())

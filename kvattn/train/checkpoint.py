@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from kvattn import config as config_lib
-from kvattn import model, spec
+from kvattn import model, spec, stacking
 from kvattn.config import EXECUTION, Experiment, ModelConfig
 from kvattn.data import tokenizer as tokenizer_lib
 from kvattn.errors import UserError
@@ -313,7 +313,7 @@ def load_model(path: Any, dtype: str = "float32") -> tuple[ModelConfig, Any, Any
         with ocp.Checkpointer(_array_handler()) as reader:
             params = reader.restore(folder / "params", args=_restore_args(abstract))
     if cfg.scan_layers:
-        params = model.unstack_layers(params, cfg)
+        params = stacking.unstack_layers(params, cfg)
         cfg = dataclasses.replace(cfg, scan_layers=False)
     return cfg, params, load_tokenizer(folder.parent.parent)
 

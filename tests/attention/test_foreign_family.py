@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvattn import cache, config, model
+from kvattn import cache, config, model, stacking
 from kvattn.attention import Heads, gate, target
 from kvattn.cache import LeafSpec
 from kvattn.config import Attention, CacheConfig, Layer, ModelConfig
@@ -84,7 +84,7 @@ def test_scan_equals_loop(name):
     params, tokens = lively(cfg), tokens_of(cfg, rows=2, length=LENGTH)
     scanned = dataclasses.replace(cfg, scan_layers=True)
     scanned.check()
-    close(whole(model.stack_layers(params, cfg), scanned, tokens), whole(params, cfg, tokens), F32_MODEL)
+    close(whole(stacking.stack_layers(params, cfg), scanned, tokens), whole(params, cfg, tokens), F32_MODEL)
 
 
 @pytest.mark.parametrize("name,store", [("foreign", "full"), ("windowed", "by_mask"), ("shared", "paged")])

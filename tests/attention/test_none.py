@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kvattn import model
+from kvattn import model, stacking
 from kvattn.attention import NoAttention
 from kvattn.config import CacheConfig, Layer, RopeConfig
 from kvattn.errors import UserError
@@ -53,7 +53,7 @@ def test_what_is_collected_of_it_is_nothing():
 def test_scan_equals_loop():
     params, tokens = lively(CFG), tokens_of(CFG, rows=2, length=5)
     scanned = dataclasses.replace(CFG, scan_layers=True)
-    close(whole(model.stack_layers(params, CFG), scanned, tokens), whole(params, CFG, tokens), F32_MODEL)
+    close(whole(stacking.stack_layers(params, CFG), scanned, tokens), whole(params, CFG, tokens), F32_MODEL)
 
 
 @pytest.mark.parametrize("layers", [LAYERS, LAYERS[::-1], LAYERS[1:]])

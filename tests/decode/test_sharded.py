@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kvattn import model
+from kvattn import stacking
 from kvattn.decode import partitioned as sharded
 from kvattn.errors import UserError
 from sharding.layout import torus_layouts
@@ -120,11 +120,11 @@ def check_handover(name, prefill, decode, overlaps, batch=8, shape=(2, 2, 2), sc
     first, before = program(name, "prefill", prefill, overlaps[0], batch, shape, scan)
     then, after = program(name, "decode", decode, overlaps[1], batch, shape)
     empty = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), before[3])
-    logits, caches = first(model.stack_layers(params, cfg) if scan else params, *prompt, empty)
+    logits, caches = first(stacking.stack_layers(params, cfg) if scan else params, *prompt, empty)
     close(logits, want[0], F32_SHARDED, f"prefill of {name} in {prefill}")
     check_replicas((logits, caches))
     if scan:
-        caches = model.unstack_caches(caches, cfg)
+        caches = stacking.unstack_caches(caches, cfg)
     elif torus_layouts.parse(prefill).kv == torus_layouts.parse(decode).kv:
         for got, wanted in zip(jax.tree.leaves(caches), jax.tree.leaves(after[3]), strict=True):
             assert got.sharding.is_equivalent_to(wanted.sharding, got.ndim)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvattn import model
+from kvattn import stacking
 from kvattn.config import (
     EXECUTION,
     Conversion,
@@ -146,7 +146,7 @@ def test_scanned_layers_come_back_unrolled(tmp_path):
     saver.close()
     cfg, params, tokenizer = checkpoint.load_model(tmp_path)
     assert cfg == CFG and tokenizer is None
-    same(params, model.unstack_layers(state.params, scanned))
+    same(params, stacking.unstack_layers(state.params, scanned))
 
 
 @pytest.mark.parametrize(
