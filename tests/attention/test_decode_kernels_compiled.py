@@ -10,7 +10,8 @@ import pytest
 
 from kvattn import cache, config, model
 from kvattn.attention import target
-from kvattn.config import CacheConfig, ModelConfig
+from kvattn.attention.heads import heads_model
+from kvattn.config import CacheConfig
 from kvattn.decode import generation as decode
 from pallas_kernels import gpu
 from sharding.compiler.aot import Compiler
@@ -18,7 +19,7 @@ from sharding.compiler.hlo_costs import analyse
 from tests.helpers.aot_targets import loop_state
 
 BATCH, CAPACITY = 8, 4096
-MODEL = dict(
+MODEL = heads_model(
     vocab_size=1024,
     d_model=512,
     n_layers=2,
@@ -50,7 +51,7 @@ GENERATIONS = ("v5e:1x1", "v6e:1x1", "v5p:1x1x1")
 
 def held(kernel, store):
     """(model, abstract caches, bytes of K and V, of the smallest leaf's values)."""
-    cfg = config.from_config_dict({**MODEL, "decode_kernel": kernel}, ModelConfig)
+    cfg = MODEL.replace(decode_kernel=kernel)
     caches = cache.specs(cfg, config.from_config_dict(store, CacheConfig), BATCH, CAPACITY)
     leaves = [leaf for leaf in jax.tree.leaves([c.leaves for c in caches]) if leaf.ndim == 4]
     return cfg, caches, cache.nbytes(caches), min(leaf.size for leaf in leaves)
@@ -68,12 +69,14 @@ def compiler():
 )
 def test_a_tpu_loop_copies_no_cache(compiler, tmp_path, name, where):
     _, _, nbytes, leaf = held("mosaic_tpu", TPU[name])
-    job = dict(model={**MODEL, "decode_kernel": "mosaic_tpu"}, cache=TPU[name], batch=BATCH, capacity=CAPACITY)
+    job = dict(
+        model=config.plain(MODEL.replace(decode_kernel="mosaic_tpu")), cache=TPU[name], batch=BATCH, capacity=CAPACITY
+    )
     path = tmp_path / "loop.hlo"
     report = compiler.compile("tests.helpers.aot_targets:decode_loop", job, where, (1, 1, 1), hlo_path=str(path))
     assert hasattr(report, "memory"), report
     done = analyse(path.read_text(), {"x": 1, "y": 1, "z": 1}).operations
-    assert sum(o.kind == "kernel" for o in done) == MODEL["n_layers"]
+    assert sum(o.kind == "kernel" for o in done) == MODEL.n_layers
     written = [o for o in done if o.op != "while" and any(math.prod(a.dims) >= leaf for a in o.arrays)]
     assert written and all(o.in_place for o in written), [(o.op, o.name) for o in written if not o.in_place]
     assert report.memory.aliased >= nbytes
@@ -102,7 +105,7 @@ def test_an_h200_loop_copies_no_cache(name):
 
     eos, until = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     report = aot.compile_report(fn, params, state, sampler, eos, until, donate_argnums=(1,))
-    assert len(report.kernels) >= MODEL["n_layers"] and report.spill_bytes == 0
+    assert len(report.kernels) >= MODEL.n_layers and report.spill_bytes == 0
     moved = [m for m in report.moved(leaf) if not re.match(r"fusion input_scatter_fusion", m)]  # rows, in place
     assert not moved
     assert report.alias_bytes >= nbytes

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvattn import model
+from kvattn import config, model
 from kvattn.attention import core, flash, gate, target
+from kvattn.attention.heads import heads_model
 from kvattn.attention.operand import Operand
 from kvattn.config import MaskConfig
 from kvattn.errors import UserError
@@ -115,7 +116,6 @@ def test_splash_in_a_model_equals_xla():
 
 def test_splash_on_a_sharded_mesh_equals_one_device(devices):
     """Batch over data and fsdp, heads over tensor: each chip runs the kernel on its own part."""
-    from kvattn import config
     from sharding import RULES, make_mesh, use_rules
 
     cfg = tiny.config(n_layers=2, n_heads=4, n_k_heads=2, n_v_heads=2, d_model=32, d_ff=36, vocab_size=60)
@@ -137,9 +137,8 @@ def test_splash_and_its_gradient_compile_for_every_tpu(compiler, where, mesh):
     """Training shapes, at the block sizes that flash.py takes; scores are never held."""
     length, shapes = 4096, {"v5e:1x1": (4, 4, 64, 1024), "v6e:1x1": (4, 1, 256, 0)}
     heads, k_heads, dim, window = shapes.get(where, (8, 2, 128, 0))
-    fields = dict(
-        n_heads=heads, n_k_heads=k_heads, n_v_heads=k_heads, head_dim=dim, v_head_dim=dim, masks=[dict(window=window)]
-    )
+    shape = dict(n_heads=heads, n_k_heads=k_heads, n_v_heads=k_heads, head_dim=dim, v_head_dim=dim)
+    fields = config.plain(heads_model(masks=(MaskConfig(window=window),), **shape))
     report = compiler.compile(
         "tests.helpers.aot_targets:splash_gradient", dict(model=fields, length=length), where, mesh
     )
