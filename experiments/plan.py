@@ -5,9 +5,8 @@
     python -m experiments.plan --size=palm-62b --chip=v4 --chips=32 --phase=prefill --batch=512 --context=2048 --json
 
 Every layout (ws_1d, ws_2d, wg_x, wg_xy, wg_xyz, with K and V by_head, by_batch, by_seq or replicated) is tried on
-every factorisation of the chips. "overlap" is the largest of compute, HBM and links time, "in turn" their sum; a
-real step lies between the two or above. Model: arXiv 2211.05102, section 2. Where nothing fits, the nearest
-changes that would are named and the exit code is 1.
+every factorisation of the chips. "overlap" is the largest of compute, HBM and links time, "in turn" their sum. Model:
+arXiv 2211.05102, section 2. Where nothing fits, the nearest changes that would are named and the exit code is 1.
 """
 
 import json
@@ -43,16 +42,9 @@ ROWS = flags.DEFINE_integer("rows", 12, "rows to show")
 JSON = flags.DEFINE_bool("json", False, "print the plan as one line of JSON on stdout")
 
 
-def machine() -> tuple[str, int]:
-    """(chip, chips) of --slice where there is one. Raises UserError."""
-    if not SLICE.value:
-        return CHIP.value, CHIPS.value
-    where = parse_slice(SLICE.value)
-    return where.chip, where.chips
-
-
 def main() -> int:
-    chip, chips = machine()
+    where = parse_slice(SLICE.value) if SLICE.value else None
+    chip, chips = (where.chip, where.chips) if where else (CHIP.value, CHIPS.value)
     asked = {flag.name: flag.value for flag in ASKED} | {"chip": chip, "chips": chips, "latency": LATENCY.value / 1e3}
     layouts, meshes = plan.parse_layouts(LAYOUT.value), plan.parse_mesh(MESH.value)
     found = plan.plan(size(SIZE.value), CacheConfig(dtype="bfloat16"), layouts=layouts, meshes=meshes, **asked)

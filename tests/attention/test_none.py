@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def test_the_layer_has_no_parameters_and_leaves_nothing():
 
 
 def test_what_is_collected_of_it_is_nothing():
-    params, tokens = lively(CFG), tokens_of(CFG, rows=2, length=5)
+    params, tokens = lively(CFG), jnp.asarray(tokens_of(CFG, rows=2, length=5))
     seen = model.forward(params, CFG, model.Inputs(tokens), collect=("queries", "attention"))[0].collected
     assert [q is None for q in seen["queries"]] == [False, True] * 2
     assert [float(abs(a).max()) > 0 for a in seen["attention"]] == [True, False] * 2

@@ -389,7 +389,7 @@ def test_the_command_streams_and_reports(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--prompt=",), "decode.prompt is empty"),
+        (("--prompt=",), "the prompt is empty; give one with --prompt"),
         (("--prompt=x", "--max_new_tokens=0"), "max_new_tokens is 0"),
         (("--prompt=x", "--max_new_token=3"), "max_new_tokens"),
         (("--prompt=" + "x" * 30, "--config.cache.capacity=20"), "the prompt has 30 tokens"),
