@@ -4,9 +4,8 @@
     python -m experiments.plan --size=llama3-70b --slice=v5e:8x8 --batch=32 --context=32768 --kv=int8
     python -m experiments.plan --size=palm-62b --chip=v4 --chips=32 --phase=prefill --batch=512 --context=2048 --json
 
-Every layout (ws_1d, ws_2d, wg_x, wg_xy, wg_xyz, with K and V by_head, by_batch, by_seq or replicated) is tried on
-every factorisation of the chips. "overlap" is the largest of compute, HBM and links time, "in turn" their sum. Model:
-arXiv 2211.05102, section 2. Where nothing fits, the nearest changes that would are named and the exit code is 1.
+Every layout (ws_1d, ws_2d, wg_x, wg_xy, wg_xyz, with K and V by_head, by_batch, by_seq or replicated) is tried on every
+factorisation of the chips. "overlap" is the largest of compute, HBM and links time, "in turn" their sum (2211.05102).
 """
 
 import json

@@ -72,8 +72,8 @@ def contiguous(store, batch, capacity):
 
 def shuffled(caches, rng):
     """The same caches (empty) with their pages handed out in another order."""
-    pages = owners(caches)[0].table.size
-    order = rng.permutation(np.arange(1, pages + 1)).reshape(owners(caches)[0].table.shape).astype(np.int32)
+    pages = owners(caches)[0].address.table.size
+    order = rng.permutation(np.arange(1, pages + 1)).reshape(owners(caches)[0].address.table.shape).astype(np.int32)
     return cache.apply_pages(caches, order, np.zeros(len(order)))
 
 
