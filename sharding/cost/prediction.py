@@ -318,7 +318,7 @@ def _leaves_bytes(work: Workload, one: Layer, per: str, table: Rules, mesh) -> f
 
 def _stored(table: Rules, leaf: Leaf) -> tuple[str, ...]:
     """Axes that one token's (or one sequence's) leaf, and the batch, are split over in the cache."""
-    return table["cache_batch"] + tuple(a for axis in leaf.axes for a in table[axis])
+    return table["cache_batch"] + tuple(a for axis in leaf.axes if axis for a in table[axis])
 
 
 # --- memory --------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ def _is_spec(x: Any) -> bool:
 
 
 def _leaf(name: str, leaf: Any) -> Leaf:
-    _known("leaf", name, leaf.axes, CACHE_AXES)
+    _known("leaf", name, (axis for axis in leaf.axes if axis is not None), CACHE_AXES)  # None: never split
     dtype = "" if leaf.dtype is None else str(leaf.dtype)
     for field, value, valid in (("per", leaf.per, PER), ("role", leaf.role, ROLES), ("dtype", dtype, ("", *KV_TYPES))):
         if value not in valid:

@@ -231,7 +231,7 @@ def test_zero_query_heads_and_zero_words_change_nothing():
     """Padding 6 query heads of one K/V head to 8, with output rows of zero; the padding's queries are anything."""
     cfg = tiny.config(n_k_heads=1, n_v_heads=1, n_layers=2, tied_embeddings=False)
     wide, notes = program_lib.padded(cfg, 8)
-    assert (wide.n_heads, wide.vocab_size) == (8, 1024) and len(notes) == 2
+    assert (wide.attention(0).n_heads, wide.vocab_size) == (8, 1024) and len(notes) == 2
     params, more = lively(cfg), lively(wide, seed=9)
 
     def pad(path, small, big):

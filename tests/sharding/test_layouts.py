@@ -139,10 +139,10 @@ act_vocab z+y+x
 attn_batch x+y+z
 cache_batch x+y+z
 embed x
-own_heads z+y+x
 k_batch x+y+z
 logit_embed x
 mlp z+y
+own_heads z+y+x
 q_heads z+y
 res_batch z
 res_embed x+y
@@ -157,9 +157,9 @@ act_vocab z+y+x
 attn_heads z
 attn_out_heads z
 cache_heads z
-own_heads z+y+x
 k_heads z+y
 mlp z+y+x
+own_heads z+y+x
 q_heads z+y+x
 res_batch z
 res_embed x+y
@@ -171,10 +171,10 @@ act_vocab z+y+x
 attn_batch x+y+z
 cache_batch x+y+z
 embed x
-own_batch x+y+z
 k_batch x+y+z
 logit_embed x
 mlp z+y
+own_batch x+y+z
 q_heads z+y
 res_batch x+y+z
 v_batch x+y+z
@@ -192,11 +192,11 @@ attn_out_heads z
 cache_batch x+y
 cache_heads z
 embed x
-own_heads z+y+x
 k_batch x
 k_heads z+y
 logit_embed x
 mlp z+y
+own_heads z+y+x
 q_heads z+y
 res_batch z
 res_embed x+y
