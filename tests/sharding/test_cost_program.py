@@ -5,7 +5,6 @@ shapes per chip: they are counted here for every layout, phase and variant, with
 """
 
 import collections
-import dataclasses
 import math
 
 import jax
@@ -170,7 +169,7 @@ def test_other_meshes(shape):
     ],
 )
 def test_variants(name, changes, cache):
-    check(dataclasses.replace(config(2, "serial"), **changes), "ws_2d/by_head:z+by_batch:xy", "decode", cache=cache)
+    check(config(2, "serial").replace(**changes), "ws_2d/by_head:z+by_batch:xy", "decode", cache=cache)
 
 
 def test_purposes_add_up():
