@@ -20,6 +20,7 @@ from kvattn.config import CacheConfig
 from kvattn.errors import UserError
 from tests.helpers import tiny
 from tests.helpers.models import lively, tokens_of
+from tests.helpers.splits import chunked, every_split
 from tests.helpers.tolerances import BF16_CACHE, CODES_STEP, F32_DECODE, FP8_CACHE, INT4_CACHE, INT8_CACHE, apart, close
 
 LENGTH = 12
@@ -54,25 +55,6 @@ def legal(cfg, store) -> bool:
 CELLS = [(n, store) for n in sorted(tiny.CASES) for store in STORES if store in EVERYWHERE or n in MOVING]
 LEGAL = [(name, store) for name, store in CELLS if legal(tiny.CASES[name], STORES[store])]
 ILLEGAL = [cell for cell in CELLS if cell not in LEGAL]
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _every_split(params, cfg, tokens, caches):
-    """Prefill row b up to split b + 1 (right padded), then decode token by token: logits of both [B,T,W]."""
-    rows, length = tokens.shape
-    split = jnp.arange(rows, dtype=jnp.int32)[:, None] + 1
-    at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], tokens.shape)
-    prompt = model.Inputs(tokens, jnp.where(at < split, at, -1), empty=True)
-    first, caches = model.forward(params, cfg, prompt, caches=caches)
-
-    def step(caches, t):
-        position = jnp.where(split <= t, t, -1)
-        token = jax.lax.dynamic_slice_in_dim(tokens, t, 1, 1)
-        out, caches = model.forward(params, cfg, model.Inputs(token, position), caches=caches)
-        return caches, out.logits[:, 0]
-
-    caches, rest = jax.lax.scan(step, caches, jnp.arange(length, dtype=jnp.int32))
-    return jnp.where((at < split)[..., None], first.logits, rest.swapaxes(0, 1)), caches
 
 
 @functools.cache
@@ -123,8 +105,7 @@ def check(name, store, got, want):
 @pytest.mark.parametrize("name,store", LEGAL)
 def test_prefill_then_decode_equals_forward_at_every_split(name, store):
     cfg, params, tokens, want = _case(name)
-    caches = cache.create(cfg, STORES[store], LENGTH, LENGTH + 3)
-    got, caches = _every_split(params, cfg, jnp.asarray(tokens), caches)
+    got, caches = every_split(params, cfg, STORES[store], tokens)
     check(name, store, got, want)
     for owner in cfg.owners:
         assert (np.asarray(caches[owner].length) == LENGTH).all()
@@ -165,15 +146,4 @@ def test_cells_are_counted():
 def test_chunked_and_left_padded_prefill(name, store, chunk, pad):
     """Chunks of any size, with left padding in the first ones, give the full forward's logits."""
     cfg, params, tokens, want = _case(name)
-    rows = np.concatenate([np.zeros((2, pad), np.int32), tokens[:2]], 1)
-    at = np.concatenate([np.full((2, pad), -1), np.tile(np.arange(LENGTH), (2, 1))], 1).astype(np.int32)
-    at[1], rows[1] = np.roll(at[1], -pad), np.roll(rows[1], -pad)  # the second row is right padded
-    caches = cache.create(cfg, STORES[store], 2, LENGTH)
-    forward, got = jax.jit(model.forward, static_argnums=1), []
-    for start in range(0, LENGTH + pad, chunk):
-        part = slice(start, start + chunk)
-        inputs = model.Inputs(jnp.asarray(rows[:, part]), jnp.asarray(at[:, part]), empty=start == 0)
-        out, caches = forward(params, cfg, inputs, caches=caches)
-        got.append(out.logits)
-    got = np.concatenate(got, 1)
-    check(name, store, np.stack([got[0, pad:], got[1, :LENGTH]]), want[:2])
+    check(name, store, chunked(params, cfg, STORES[store], tokens[:2], chunk, pad), want[:2])
